@@ -1,0 +1,68 @@
+"""Fine-tune a 4-bit model on Alpaca-format data and keep what it knew.
+
+The public names are loaded on first use (PEP 562), so `import lwf_unsloth` and `lwf-unsloth --help`
+do not wait for torch, and Unsloth is always imported before the libraries that it patches.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alpaca import AlpacaData, LoadReport, load_alpaca, load_text
+    from .comparison import Comparison, compare
+    from .config import LwFConfig, ModelConfig
+    from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
+    from .generation import DEMO_PROMPTS, generate
+    from .losses import Head, lwf_loss
+    from .model import default_model, load_adapter, load_model, merge_model, save_adapter
+    from .records import PromptTemplate, set_template
+    from .rehearsal import mix_rehearsal
+    from .trainer import LwFTrainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AlpacaData": "alpaca",
+    "Comparison": "comparison",
+    "ConfigError": "errors",
+    "DEMO_PROMPTS": "generation",
+    "DataError": "errors",
+    "Head": "losses",
+    "LoadReport": "alpaca",
+    "LwFConfig": "config",
+    "LwFTrainer": "trainer",
+    "LwfError": "errors",
+    "ModelConfig": "config",
+    "ModelError": "errors",
+    "PromptTemplate": "records",
+    "TeacherError": "errors",
+    "compare": "comparison",
+    "default_model": "model",
+    "generate": "generation",
+    "load_adapter": "model",
+    "load_alpaca": "alpaca",
+    "load_model": "model",
+    "load_text": "alpaca",
+    "lwf_loss": "losses",
+    "merge_model": "model",
+    "mix_rehearsal": "rehearsal",
+    "save_adapter": "model",
+    "set_template": "records",
+}
+"""Public name -> the module of this package that defines it."""
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines a public name, on its first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})
