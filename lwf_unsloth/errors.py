@@ -1,0 +1,21 @@
+"""The errors a user can meet: each says what it got, what it needed, why it matters and what to do."""
+
+
+class LwfError(ValueError):
+    """Base of every error that lwf_unsloth raises on purpose."""
+
+
+class DataError(LwfError):
+    """A source, row, column, template or split that cannot be trained on."""
+
+
+class ConfigError(LwfError):
+    """A setting out of range, or two settings that contradict each other."""
+
+
+class ModelError(LwfError):
+    """A model, tokenizer or adapter that cannot be loaded, matched or saved."""
+
+
+class TeacherError(LwfError):
+    """A teacher that would give wrong targets: another vocabulary, base or adapter."""

@@ -1,0 +1,110 @@
+"""Shared fixtures: a hand-made two-layer model with its own tokenizer, loaded through the real FastLanguageModel."""
+
+import pytest
+
+SENTENCES = [
+    "Below is an instruction that describes a task, paired with an input that provides further context.",
+    "Write a response that appropriately completes the request.",
+    "### Instruction: ### Input: ### Response:",
+    "The quick brown fox jumps over the lazy dog near the river bank at 12:45 on 3 May 1987.",
+    "Sleep is important because the body repairs itself and the brain sorts what it has learned.",
+    "def prime(n): return all(n % k for k in range(2, n))",
+]
+
+
+def build_tokenizer(bos: bool = True):
+    """A byte-level BPE of about 400 tokens with <s>, </s> and <pad>; `bos` adds <s> by a post-processor."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(SENTENCES, trainer)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The tiny tokenizer, shared: tests that change it build their own with `build_tokenizer`."""
+    from lwf_unsloth.backend import prepare
+
+    prepare()
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
+    """Folder of a random two-layer Llama (hidden 64, safetensors) with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def tiny_peft(tiny_model_dir):
+    """Factory: `tiny_peft(**ModelConfig changes)` -> (model, tokenizer), 4-bit, float32, LoRA r 4."""
+
+    def load(**changes):
+        from lwf_unsloth.model import load_model
+
+        from lwf_unsloth.config import ModelConfig
+
+        values = {"dtype": "float32", "r": 4, "lora_alpha": 8, "max_seq_length": 512}
+        return load_model(ModelConfig(str(tiny_model_dir), **{**values, **changes}))
+
+    return load
+
+
+@pytest.fixture()
+def alpaca_rows():
+    """Builder of distinct Alpaca rows: `alpaca_rows(n)`."""
+
+    def rows(n: int, tag: str = "task") -> list[dict[str, str]]:
+        return [
+            {
+                "instruction": f"{tag}: say what number {i} is.",
+                "input": "" if i % 3 else f"number {i}",
+                "output": f"Number {i} is the {'even' if i % 2 == 0 else 'odd'} one. "
+                * (1 + i % 3),
+            }
+            for i in range(n)
+        ]
+
+    return rows
