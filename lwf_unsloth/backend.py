@@ -1,4 +1,5 @@
-"""Unsloth first: the one place that imports it before trl, transformers and peft, with every environment switch.
+"""Unsloth first: the one place that imports it before trl, transformers and peft, with every
+environment switch.
 
 Each switch says why it is set. None overrides what the user set in the environment.
 """
@@ -67,17 +68,20 @@ def prepare() -> None:
     early = [name for name in ("trl", "transformers", "peft") if name in sys.modules]
     if early and "unsloth" not in sys.modules:
         logger.warning(
-            "%s was imported before lwf_unsloth: Unsloth patches it late, some fast paths may be off. "
+            "%s was imported before lwf_unsloth: Unsloth patches it late, some fast paths may be "
+            "off. "
             "Import lwf_unsloth first.",
             ", ".join(early),
         )
-    # Without the package `kernels`, which would look at the hub, bitsandbytes says so at every start.
+    # Without the package `kernels`, which would look at the hub, bitsandbytes says so at every
+    # start.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import unsloth  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"Unsloth could not be imported ({error}). Run `bash colab_setup.sh` in the project's folder."
+            f"Unsloth could not be imported ({error}). Run `bash colab_setup.sh` in the project's "
+            f"folder."
         ) from error
 
 

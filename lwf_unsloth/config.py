@@ -1,4 +1,6 @@
-"""Every knob once, with unit and range: ModelConfig for the model, LwFConfig (an SFTConfig) for the training."""
+"""Every knob once, with unit and range: ModelConfig for the model, LwFConfig (an SFTConfig) for
+the training.
+"""
 
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -27,14 +29,18 @@ def _is_number(value: object) -> bool:
 
 @dataclass
 class ModelConfig:
-    """What to load and which LoRA to add; keyword names of `from_pretrained` and `get_peft_model`."""
+    """What to load and which LoRA to add; keyword names of `from_pretrained` and
+    `get_peft_model`.
+    """
 
     model_name: str = "unsloth/gemma-2b-bnb-4bit"
-    """Hub id, local folder (pre-quantised 4-bit or not), or an embedded name ("smollm2-135m-instruct")."""
+    """Hub id, local folder (pre-quantised 4-bit or not), or an embedded name
+    ("smollm2-135m-instruct")."""
     max_seq_length: int = 2048
     """Longest sequence in tokens, 1 or more."""
     dtype: str | None = None
-    """"float16", "bfloat16" or "float32"; None takes bf16 where the device has it, else fp16 (CPU: fp32)."""
+    """"float16", "bfloat16" or "float32"; None takes bf16 where the device has it, else fp16 (CPU:
+    fp32)."""
     load_in_4bit: bool = True
     """Quantise to 4 bits (bitsandbytes) at load; a pre-quantised folder stays as it is."""
     bnb_4bit_quant_type: str = "nf4"
@@ -44,7 +50,8 @@ class ModelConfig:
     bnb_4bit_compute_dtype: str | None = None
     """Dtype of the 4-bit products; None takes `dtype`."""
     device_map: Any = None
-    """Passed through to `from_pretrained`; None leaves it to Unsloth (under accelerate: one card a rank)."""
+    """Passed through to `from_pretrained`; None leaves it to Unsloth (under accelerate: one card a
+    rank)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     token: str | None = field(default=None, repr=False)
@@ -121,7 +128,9 @@ class ModelConfig:
     def document(
         cls, model_name: str = "unsloth/gemma-2b-bnb-4bit", **changes: Any
     ) -> "ModelConfig":
-        """The model settings of the document the project was founded on: r 8, alpha 16, dropout 0.05."""
+        """The model settings of the document the project was founded on: r 8, alpha 16, dropout
+        0.05.
+        """
         values: dict[str, Any] = {
             "max_seq_length": 512,
             "r": 8,
@@ -135,8 +144,9 @@ class ModelConfig:
 class LwFConfig(SFTConfig):
     """Training settings: TRL's, with our defaults, and the `lwf_` and rehearsal knobs.
 
-    The loss is `sum CE / N_ce + lwf_lambda * sum KL / N_kl`, both in nats per token, N counted over the whole
-    accumulated batch (Learning without Forgetting, arXiv 1606.09282, with the KL of arXiv 1503.02531).
+    The loss is `sum CE / N_ce + lwf_lambda * sum KL / N_kl`, both in nats per token, N counted
+    over the whole accumulated batch (Learning without Forgetting, arXiv 1606.09282, with the KL of
+    arXiv 1503.02531).
     """
 
     learning_rate: float = 2e-4
@@ -173,12 +183,15 @@ class LwFConfig(SFTConfig):
     lwf_temperature: float = 1.0
     """Softmax temperature T > 0 of teacher and student; the KL is multiplied by T^2."""
     lwf_kl: str = "forward"
-    """"forward" KL(teacher || student), "reverse" KL(student || teacher), "target_masked" (arXiv 2605.29498)."""
+    """"forward" KL(teacher || student), "reverse" KL(student || teacher), "target_masked" (arXiv
+    2605.29498)."""
     lwf_rows: str = "auto"
-    """Where the KL acts: "rehearsal" rows, "all" tokens, "response" or "prompt" tokens of task rows (rehearsal rows
-    stay whole). "auto" is "rehearsal" where there are rehearsal rows, else "all"."""
+    """Where the KL acts: "rehearsal" rows, "all" tokens, "response" or "prompt" tokens of task
+    rows (rehearsal rows stay whole). "auto" is "rehearsal" where there are rehearsal rows, else
+    "all"."""
     rehearsal_ratio: float = 0.1
-    """Share of rehearsal rows in the mixed set, 0 <= ratio < 1; without rehearsal rows it has no effect."""
+    """Share of rehearsal rows in the mixed set, 0 <= ratio < 1; without rehearsal rows it has no
+    effect."""
     rehearsal_ce: bool = False
     """Also learn the rehearsal answers by cross entropy (this retrains instead of preserving)."""
 
@@ -194,9 +207,11 @@ class LwFConfig(SFTConfig):
 
     @classmethod
     def document(cls, output_dir: str = "runs/document", **changes: Any) -> "LwFConfig":
-        """The training settings of the document: KL on all tokens at lambda 0.5, CE on rehearsal rows, ratio 0.2.
+        """The training settings of the document: KL on all tokens at lambda 0.5, CE on rehearsal
+        rows, ratio 0.2.
 
-        Batch 4 x accumulation 8, 3 epochs, rate 2e-4, 100 warm-up steps with linear decay, no weight decay, 512 tokens.
+        Batch 4 x accumulation 8, 3 epochs, rate 2e-4, 100 warm-up steps with linear decay, no
+        weight decay, 512 tokens.
         """
         values: dict[str, Any] = {
             "per_device_train_batch_size": 4,

@@ -1,9 +1,11 @@
-"""Shared fixtures: a hand-made two-layer model with its own tokenizer, loaded through the real FastLanguageModel."""
+"""Shared fixtures: a hand-made two-layer model with its own tokenizer, loaded through the real
+FastLanguageModel."""
 
 import pytest
 
 SENTENCES = [
-    "Below is an instruction that describes a task, paired with an input that provides further context.",
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context.",
     "Write a response that appropriately completes the request.",
     "### Instruction: ### Input: ### Response:",
     "The quick brown fox jumps over the lazy dog near the river bank at 12:45 on 3 May 1987.",
@@ -13,7 +15,8 @@ SENTENCES = [
 
 
 def build_tokenizer(bos: bool = True):
-    """A byte-level BPE of about 400 tokens with <s>, </s> and <pad>; `bos` adds <s> by a post-processor."""
+    """A byte-level BPE of about 400 tokens with <s>, </s> and <pad>; `bos` adds <s> by a
+    post-processor."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +82,8 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture()
 def tiny_peft(tiny_model_dir):
-    """Factory: `tiny_peft(**ModelConfig changes)` -> (model, tokenizer), 4-bit, float32, LoRA r 4."""
+    """Factory: `tiny_peft(**ModelConfig changes)` -> (model, tokenizer), 4-bit, float32, LoRA r
+    4."""
 
     def load(**changes):
         from lwf_unsloth.model import load_model

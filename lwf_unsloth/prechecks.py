@@ -1,0 +1,153 @@
+"""What is settled or told before the first step: precision, rows, warm-up, a teacher that never
+stops.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from lwf_unsloth.backend import native_bf16, on_cuda
+from lwf_unsloth.config import LwFConfig
+from lwf_unsloth.errors import ConfigError, ModelError
+from lwf_unsloth.losses import Head
+from lwf_unsloth.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+STOP_CHECK_ROWS = 16
+"""Rehearsal rows looked at to see whether the teacher stops."""
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuses a model on which nothing would be learned.
+
+    Raises:
+        ModelError: No parameter requires a gradient.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(
+            "Nothing is trainable: no parameter requires a gradient, so training would change "
+            "nothing. Load the "
+            "model with load_model, or a saved adapter with load_adapter(folder, trainable=True)."
+        )
+
+
+def match_model(args: LwFConfig, model: nn.Module) -> None:
+    """Makes precision and checkpointing those of the loaded model; changes `args`, the trainer's
+    own copy.
+    """
+    dtype = getattr(model, "dtype", torch.float32)
+    if not args._precision_given:
+        args.fp16 = on_cuda() and dtype == torch.float16
+        args.bf16 = native_bf16() and not args.fp16 and (on_cuda() or dtype == torch.bfloat16)
+    elif on_cuda() and args.bf16 and not native_bf16():
+        raise ConfigError(
+            "bf16 was asked for, but this card computes it only by emulation (a T4 does): set "
+            "fp16=True, or leave "
+            "both out and the right one is taken."
+        )
+    args.gradient_checkpointing = bool(
+        getattr(model, "is_gradient_checkpointing", args.gradient_checkpointing)
+    )
+    limit = getattr(model, "max_seq_length", None)
+    if limit and args.max_length and args.max_length > limit:
+        logger.warning(
+            "max_length is %d, but the model was loaded for %d tokens: rows are cut at %d as you "
+            "asked. Load with "
+            "ModelConfig(max_seq_length=%d) to be sure of its positions.",
+            args.max_length,
+            limit,
+            args.max_length,
+            args.max_length,
+        )
+
+
+def resolve_rows(args: LwFConfig, rehearsal: Any) -> str:
+    """Where the KL acts: "none", or one of `lwf_rows` without "auto".
+
+    Raises:
+        ConfigError: Settings that leave the rehearsal rows, or the KL, without effect.
+    """
+    has_rehearsal = rehearsal is not None and args.rehearsal_ratio > 0
+    if args.lwf_lambda == 0:
+        if has_rehearsal and not args.rehearsal_ce:
+            raise ConfigError(
+                "lwf_lambda is 0 and rehearsal_ce is off, so the rehearsal rows would have no "
+                "effect at all. Set "
+                "lwf_lambda above 0 (KL), or rehearsal_ce=True, or leave rehearsal_dataset out."
+            )
+        return "rehearsal" if has_rehearsal else "none"
+    if args.lwf_rows == "rehearsal" and not has_rehearsal:
+        raise ConfigError(
+            'lwf_rows is "rehearsal" but there are no rehearsal rows, so the KL would act nowhere. '
+            "Give rehearsal_dataset with rehearsal_ratio above 0, or take lwf_rows='all'."
+        )
+    if args.lwf_rows == "auto":
+        return "rehearsal" if has_rehearsal else "all"
+    return args.lwf_rows
+
+
+def warn_warmup(warmup: int, steps: int) -> None:
+    """Says it when the learning rate would hardly arrive."""
+    if steps > 0 and warmup * 2 > steps:
+        logger.warning(
+            "Warm-up takes %d of the run's %d steps: the learning rate hardly arrives. Set "
+            "warmup_steps to %d or "
+            "fewer (or a share such as 0.05), or train longer.",
+            warmup,
+            steps,
+            max(1, steps // 10),
+        )
+
+
+def stop_probability(
+    teacher: Teacher, head: Head | None, rows: list[dict[str, Any]], eos_id: int, device: Any
+) -> float | None:
+    """Mean probability the teacher gives to EOS where the answers of encoded rows end.
+
+    Args:
+        teacher: The teacher.
+        head: Its output head, or None to take logits.
+        rows: Encoded rows; those whose last label is not EOS are passed over.
+        eos_id: The tokenizer's EOS.
+        device: Where the forward runs.
+
+    Returns:
+        The mean over at most `STOP_CHECK_ROWS` rows, None where no row ends in EOS.
+    """
+    found = []
+    whole = [row for row in rows if row["labels"] and row["labels"][-1] == eos_id]
+    for row in whole[:STOP_CHECK_ROWS]:
+        ids = torch.tensor([row["input_ids"]], device=device)
+        mask = torch.ones_like(ids)
+        if head is None:
+            logits = teacher.logits(ids, mask)[0, -2].float()
+        else:
+            logits = head_logits(head, teacher.hidden(ids, mask)[0, -2])
+        found.append(torch.softmax(logits, -1)[eos_id].item())
+    return sum(found) / len(found) if found else None
+
+
+def head_logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) in fp32 of hidden states (..., H)."""
+    logits = (
+        nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+        * head.scale
+    )
+    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+
+
+def warn_stopping(probability: float | None, task_stops: bool) -> None:
+    """Says it when the KL on these rehearsal prompts would keep the model from learning to stop."""
+    if probability is None or not task_stops or probability >= 0.05:
+        return
+    logger.warning(
+        "The teacher hardly ever stops on the rehearsal prompts (probability of EOS where an "
+        "answer ends: %.3f), "
+        "while the task rows teach stopping in the same template: the KL would work against it. "
+        "Take plain text "
+        "passages as rehearsal (load_text), which keep what a base model knows.",
+        probability,
+    )

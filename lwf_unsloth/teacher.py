@@ -1,0 +1,233 @@
+"""Where the teacher's targets come from: the same weights as they stood at the start, or a second
+model.
+
+The teacher is the model as it stood when training began (Learning without Forgetting, arXiv
+1606.09282). With a fresh LoRA adapter that is the base model with the adapter off, at no memory.
+With an adapter that is already trained, trained biases or embeddings it is a snapshot of the
+trained tensors: else the second task would be pulled back to the base and forget the first.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lwf_unsloth.errors import TeacherError
+from lwf_unsloth.hidden import causal_lm, model_hidden, model_logits, output_head, unwrap
+from lwf_unsloth.losses import Head
+
+logger = logging.getLogger(__name__)
+
+DROPOUT_FIELDS = ("attention_dropout", "attn_dropout", "hidden_dropout", "resid_dropout", "dropout")
+
+
+class Teacher(Protocol):
+    """Gives the targets of a batch; never changes what it finds."""
+
+    kind: str
+    head: Head | None
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Final hidden states (B, T, H), no gradient."""
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Full logits (B, T, V), no gradient."""
+
+    def __str__(self) -> str:
+        """One sentence for the user."""
+
+
+class OwnTeacher:
+    """The student's own weights: adapter off, or a snapshot of the trained tensors swapped in."""
+
+    def __init__(self, model: nn.Module, snapshot: dict[str, Tensor] | None = None) -> None:
+        """Makes the teacher.
+
+        Args:
+            model: The student, unwrapped.
+            snapshot: Trained tensors by parameter name as they stood at the start; None: adapter
+                off.
+        """
+        self.model = model
+        self.snapshot = snapshot
+        self.head = output_head(model)
+
+    @property
+    def kind(self) -> str:
+        """ "adapter_off" or "snapshot"."""
+        return "adapter_off" if self.snapshot is None else "snapshot"
+
+    def __str__(self) -> str:
+        """One sentence for the user."""
+        if self.snapshot is None:
+            return "The teacher is the base model: the same weights with the adapter off."
+        size = sum(t.numel() * t.element_size() for t in self.snapshot.values()) / 2**20
+        return (
+            "The teacher is the model as it stands now, with what its adapter has learned "
+            f"(a snapshot of the trained tensors, {size:.1f} MiB)."
+        )
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Turns the student into the teacher for the block; restores everything, also after an
+        exception.
+        """
+        grads = [(p, p.requires_grad) for p in self.model.parameters()]
+        with torch.no_grad(), dropout_off(self.model):
+            try:
+                with self._adapter_off() if self.snapshot is None else self._swapped():
+                    yield
+            finally:
+                for parameter, wanted in grads:
+                    if parameter.requires_grad != wanted:
+                        parameter.requires_grad_(wanted)
+
+    def _adapter_off(self) -> Any:
+        disable = getattr(self.model, "disable_adapter", None)
+        return nullcontext() if disable is None else disable()
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
+        """Swaps the storages: autocast's cache of cast weights is cleared, since it goes by
+        tensor.
+        """
+        try:
+            self._swap()
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        assert self.snapshot is not None
+        parameters = dict(self.model.named_parameters())
+        for name in self.snapshot:
+            parameter = parameters[name]
+            kept = self.snapshot[name].to(parameter.device)
+            self.snapshot[name] = parameter.data
+            parameter.data = kept
+        torch.clear_autocast_cache()
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Final hidden states (B, T, H), no gradient."""
+        with self.in_place():
+            return model_hidden(self.model, input_ids, attention_mask)
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Full logits (B, T, V), no gradient."""
+        with self.in_place():
+            return model_logits(self.model, input_ids, attention_mask)
+
+
+class ModelTeacher:
+    """A second model, on its own device: more memory, any precision, the same vocabulary."""
+
+    kind = "model"
+
+    def __init__(self, model: nn.Module, student: nn.Module) -> None:
+        """Checks the second model against the student.
+
+        Args:
+            model: The teacher, loaded; may sit on the CPU or another GPU.
+            student: The model to train.
+
+        Raises:
+            TeacherError: The two vocabularies have different sizes.
+        """
+        ours, theirs = vocabulary(student), vocabulary(model)
+        if ours != theirs:
+            raise TeacherError(
+                f"The teacher's head gives {theirs} tokens, the student's {ours}: their "
+                f"distributions cannot be "
+                "compared. Take a teacher of the same family and tokenizer, or leave `teacher` out."
+            )
+        self.model = model
+        self.head = output_head(model)
+        model.requires_grad_(False)
+        model.eval()
+
+    def __str__(self) -> str:
+        """One sentence for the user."""
+        name = causal_lm(self.model).config.name_or_path
+        return f"The teacher is a second model ({name}) on {self._device()}."
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Final hidden states (B, T, H) on the student's device, no gradient."""
+        with torch.no_grad():
+            at = self._device()
+            return model_hidden(self.model, input_ids.to(at), attention_mask.to(at)).to(
+                input_ids.device
+            )
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Full logits (B, T, V) on the student's device, no gradient."""
+        with torch.no_grad():
+            at = self._device()
+            return model_logits(self.model, input_ids.to(at), attention_mask.to(at)).to(
+                input_ids.device
+            )
+
+
+def vocabulary(model: Any) -> int:
+    """Rows of the output head: the width of the logits."""
+    layer = causal_lm(model).get_output_embeddings()
+    return int(layer.weight.shape[0]) if layer.weight.dim() == 2 else int(layer.out_features)
+
+
+def make_teacher(student: nn.Module, teacher: nn.Module | None = None) -> Teacher:
+    """The teacher of a run: a second model if given, else the student as it stands now.
+
+    Args:
+        student: The model to train, LoRA added.
+        teacher: A second model, or None.
+
+    Raises:
+        TeacherError: The second model has another vocabulary.
+    """
+    if teacher is not None:
+        return ModelTeacher(teacher, student)
+    student = unwrap(student)
+    return OwnTeacher(student, None if adapter_is_fresh(student) else trained_tensors(student))
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of every tensor that will be trained, by parameter name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_is_fresh(model: nn.Module) -> bool:
+    """Whether "adapter off" is the model as it stands: only LoRA is trained, and LoRA still adds
+    nothing.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if any("lora_" not in name for name, _ in trained):
+        return False
+    return all(not p.detach().any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Turns dropout (and noise on embeddings) off for the block, and leaves training mode on.
+
+    Eval mode would take other attention and cache paths on CUDA, so the KL would not start at 0.
+    """
+    changed: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if isinstance(module, (nn.modules.dropout._DropoutNd, nn.Embedding)) and module.training:
+            changed.append((module, "training", True))
+            module.training = False
+        for name in DROPOUT_FIELDS:
+            value = vars(module).get(name)
+            if isinstance(value, float) and value > 0:
+                changed.append((module, name, value))
+                setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
