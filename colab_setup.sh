@@ -240,8 +240,8 @@ pip_install() { # pip_install WHAT TO-DO ARGUMENT...
   shift 2
   if ! "$PY" -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
     --no-warn-script-location "$@" 2>"$WORK/pip.log"; then
-    grep -v '^WARNING' "$WORK/pip.log" | tail -n 25 >&2 || true
     [ "$todo" = "go on" ] && return 1
+    grep -v '^WARNING' "$WORK/pip.log" | tail -n 25 >&2 || true
     stop "pip could not install $what (its own words are above)" "$todo"
   fi
 }
@@ -266,8 +266,9 @@ install() { # install venv|running; sets INSTALLED
     step "install the libraries (a minute or more)"
     if [ "$1" = running ]; then
       pip_install "the libraries" "go on" -c "$WORK/constraints" -r "$WORK/run" || {
-        echo "They do not fit beside everything that is here (pip's words are above). Second try: packages that they themselves"
-        echo "need may move, numpy, pandas, torch and all the rest stay."
+        grep '^ERROR' "$WORK/pip.log" || true
+        echo "pip could not fit them beside everything that is here. Second try: the packages that they themselves need may"
+        echo "move; numpy, pandas, torch and all the rest stay."
         pip_install "the libraries" "$blocked" -c "$WORK/constraints2" -r "$WORK/run"
       }
     else
