@@ -23,7 +23,7 @@ class Answer:
     """The input that came with the instruction, if any."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generations(Sequence[Answer]):
     """Answers with all that is needed to compare them honestly with others."""
 
@@ -70,6 +70,13 @@ class Generations(Sequence[Answer]):
         return {"none": "no adapter", "off": "adapter off", "untrained": "untrained adapter"}[
             self.adapter
         ]
+
+    def __repr__(self) -> str:
+        """Figures and settings in a line; the answers themselves are in a comparison's table."""
+        return (
+            f"Generations({self.label or self.source}: {len(self)} answers, EOS rate "
+            f"{self.eos_rate:.0%}, mean {self.mean_tokens:.0f} tokens; {self.settings})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON; `from_dict` reads it back."""
