@@ -107,7 +107,8 @@ def test_the_seed_decides_and_the_global_random_state_does_not_move():
 
 
 def test_another_process_gives_the_same_order():
-    code = "from lwf_unsloth.rehearsal import rehearsal_order as o; print(o(40, 9, 0.3, seed=1, epoch=2))"
+    code = "from lwf_unsloth.rehearsal import rehearsal_order as order; "
+    code += "print(order(40, 9, 0.3, seed=1, epoch=2))"
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert out.stdout.strip() == str(rehearsal_order(40, 9, 0.3, seed=1, epoch=2)), out.stderr
