@@ -57,7 +57,7 @@ class OwnTeacher:
 
     @property
     def kind(self) -> str:
-        """ "adapter_off" or "snapshot"."""
+        """How the weights become the teacher: "adapter_off" or "snapshot"."""
         return "adapter_off" if self.snapshot is None else "snapshot"
 
     def __str__(self) -> str:

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lwf_unsloth.alpaca import check_tokenizer, encode_rows
+from lwf_unsloth.alpaca import check_tokenizer
 from lwf_unsloth.backend import prepare
-from lwf_unsloth.batches import LwFCollator, Roles, prompt_length, token_roles
+from lwf_unsloth.batches import LwFCollator, Roles, token_roles
 from lwf_unsloth.checkpoints import latest_checkpoint, load_teacher, save_teacher
 from lwf_unsloth.config import LwFConfig
-from lwf_unsloth.errors import DataError
-from lwf_unsloth.hidden import head_matches, model_hidden, model_logits, output_head
+from lwf_unsloth.hidden import model_logits
 from lwf_unsloth.locks import model_lock
-from lwf_unsloth.losses import LwfLoss, lwf_loss, lwf_loss_from_logits
 from lwf_unsloth.meters import Meter
+from lwf_unsloth.objective import Objective, probe_tokens
 from lwf_unsloth.prechecks import (
     check_trainable,
     match_model,
@@ -29,8 +28,9 @@ from lwf_unsloth.prechecks import (
     warn_stopping,
     warn_warmup,
 )
-from lwf_unsloth.rehearsal import RehearsalSampler, rehearsal_count
-from lwf_unsloth.teacher import make_teacher
+from lwf_unsloth.rehearsal import RehearsalSampler
+from lwf_unsloth.teacher import Teacher, make_teacher
+from lwf_unsloth.train_data import ENCODED, RowEncoder
 
 prepare()
 
@@ -87,127 +87,64 @@ class LwFTrainer(SFTTrainer):
         self.label_smoothing = args.label_smoothing_factor
         if not self.plain:
             args.label_smoothing_factor = 0.0
-        self._encoding = {"max_length": args.max_length, "train_on": args.train_on}
-        self._tokenizer_used = processing_class
-        train, self._n_task, self._n_rehearsal = self._mixed(args, train_dataset, rehearsal_dataset)
-        if eval_dataset is not None:
-            eval_dataset = self._encode_eval(eval_dataset)
+        self._encode = RowEncoder(processing_class, args.max_length, args.train_on)
+        rehearsal = None if self.lwf_rows == "none" else rehearsal_dataset
+        self.rows = self._encode.training(train_dataset, rehearsal, args.rehearsal_ratio)
+        precise = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
             args=args,
             processing_class=processing_class,
-            train_dataset=train,
-            eval_dataset=eval_dataset,
+            train_dataset=self.rows.dataset,
+            eval_dataset=None if eval_dataset is None else self._encode.evaluation(eval_dataset),
             data_collator=LwFCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
             **kwargs,
         )
         self.args.label_smoothing_factor = self.label_smoothing
+        _restore_precision(self.model, precise)
         self._start(teacher)
 
     # ------------------------------------------------------------------ set-up
-
-    def _mixed(self, args: LwFConfig, task: Any, rehearsal: Any) -> tuple[Any, int, int]:
-        """Encodes task and rehearsal rows and joins them; the sampler gives the order."""
-        from datasets import concatenate_datasets
-
-        if task is None:
-            raise DataError(
-                "train_dataset is missing: there is nothing to learn. Give "
-                "load_alpaca(...)['train']."
-            )
-        task_rows = self._encode(task, "train_dataset", False)
-        if self.lwf_rows == "none" or rehearsal is None or args.rehearsal_ratio == 0:
-            return task_rows, len(task_rows), 0
-        rehearsal_rows = self._encode(rehearsal, "rehearsal_dataset", True)
-        needed = rehearsal_count(len(task_rows), args.rehearsal_ratio)
-        logger.info(
-            "%d task rows and %d rehearsal rows an epoch (%.0f %% of the mix), drawn from %d.",
-            len(task_rows),
-            needed,
-            100 * args.rehearsal_ratio,
-            len(rehearsal_rows),
-        )
-        if needed > len(rehearsal_rows):
-            logger.warning(
-                "Rehearsal rows repeat within an epoch: %d drawn from %d.",
-                needed,
-                len(rehearsal_rows),
-            )
-        return (
-            concatenate_datasets([task_rows, rehearsal_rows]),
-            len(task_rows),
-            len(rehearsal_rows),
-        )
-
-    def _encode(self, rows: Any, name: str, is_rehearsal: bool) -> Any:
-        """Rows as input_ids, labels, prompt_length, is_rehearsal; encoded rows pass through."""
-        from datasets import Dataset
-
-        if isinstance(rows, list):
-            rows = Dataset.from_list(rows)
-        if not isinstance(rows, Dataset):
-            raise DataError(
-                f"{name} is a {type(rows).__name__}, but must be a Dataset or a list of dicts. "
-                "load_alpaca and load_text give a dict of them: take its ['train']."
-            )
-        if len(rows) == 0:
-            raise DataError(f"{name} is empty: there is nothing to learn from.")
-        if {"input_ids", "labels"} <= set(rows.column_names):
-            return _encoded_columns(rows, is_rehearsal)
-        encoded, report = encode_rows(
-            self._tokenizer_used, rows, is_rehearsal=is_rehearsal, **self._encoding
-        )
-        logger.info("%s: %s", name, report)
-        return encoded
-
-    def _encode_eval(self, rows: Any) -> Any:
-        if isinstance(rows, dict):
-            return {
-                name: self._encode(part, f"eval_dataset[{name!r}]", False)
-                for name, part in rows.items()
-            }
-        return self._encode(rows, "eval_dataset", False)
 
     def _start(self, teacher: nn.Module | None) -> None:
         """Teacher, head and counters; and what the user must know before the first step."""
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or not self.plain
         self._counts: Tensor | None = None
         self._meters = {"train": Meter(), "eval": Meter()}
-        self.teacher = make_teacher(self.model, teacher) if self.args.lwf_lambda > 0 else None
-        self.head = output_head(self.model)
-        if self.teacher is not None:
-            logger.info("%s", self.teacher)
-        if self.head is not None and not self.plain and not self._head_is_whole():
-            logger.warning(
-                "This model transforms its logits in a way not known here: taking full logits."
-            )
-            self.head = None
-        if self._n_rehearsal and self.teacher is not None:
-            self._check_stopping()
+        given = make_teacher(self.model, teacher) if self.args.lwf_lambda > 0 else None
+        probe = probe_tokens(self.rows.dataset[0], self.args.device)
+        self.objective = Objective.of(
+            self.model,
+            given,
+            probe,
+            kl=self.args.lwf_kl,
+            label_smoothing=self.label_smoothing,
+        )
+        if given is not None:
+            logger.info("%s", given)
+            if self.rows.n_rehearsal:
+                self._check_stopping(given)
 
-    def _check_stopping(self) -> None:
+    @property
+    def teacher(self) -> Teacher | None:
+        """Gives the KL's targets; None where lambda is 0."""
+        return self.objective.teacher
+
+    def _check_stopping(self, teacher: Teacher) -> None:
         """Looks at Alpaca rehearsal rows: does the teacher end where their answers end?"""
-        assert self.teacher is not None
-        eos = self._tokenizer_used.eos_token_id
-        last = min(len(self.train_dataset), self._n_task + 64)
-        rows = [self.train_dataset[i] for i in range(self._n_task, last)]
-        alpaca = [row for row in rows if row["prompt_length"] > 1]
-        task_stops = self.train_dataset[0]["labels"][-1] == eos
-        where = self.args.device
-        found = stop_probability(self.teacher, self.teacher.head, alpaca, eos, where)
-        warn_stopping(found, task_stops)
-
-    def _head_is_whole(self) -> bool:
-        ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=self.args.device)
-        assert self.head is not None
-        return head_matches(self.model, self.head, ids)
+        rows, first = self.rows.dataset, self.rows.n_task
+        some = [rows[i] for i in range(first, min(len(rows), first + 64))]
+        alpaca = [row for row in some if row["prompt_length"] > 1]
+        eos = self._encode.tokenizer.eos_token_id
+        found = stop_probability(teacher, teacher.head, alpaca, eos, self.args.device)
+        warn_stopping(found, task_stops=rows[0]["labels"][-1] == eos)
 
     # ------------------------------------------------- TRL's preparation, ours
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Our rows are encoded already: TRL would drop rows whose labels are all masked."""
-        if isinstance(dataset, list) or not {"input_ids", "labels"} <= set(dataset.column_names):
-            return self._encode(dataset, "eval_dataset", False)
+        if isinstance(dataset, list) or not set(dataset.column_names) >= ENCODED:
+            return self._encode(dataset, "eval_dataset")
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -219,8 +156,8 @@ class LwFTrainer(SFTTrainer):
         if self.plain:
             return super()._get_train_sampler(*args, **kwargs)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        ratio = self.args.rehearsal_ratio if self._n_rehearsal else 0.0
-        return RehearsalSampler(self._n_task, self._n_rehearsal, ratio, seed=seed)
+        ratio = self.args.rehearsal_ratio if self.rows.n_rehearsal else 0.0
+        return RehearsalSampler(self.rows.n_task, self.rows.n_rehearsal, ratio, seed=seed)
 
     def _send_telemetry(self) -> None:
         """No usage data is sent."""
@@ -277,7 +214,10 @@ class LwFTrainer(SFTTrainer):
             )
         training = self.model.training and torch.is_grad_enabled()
         roles = self._roles(inputs, training)
-        result = self._lwf_loss(model, inputs, roles, *self._totals(roles, num_items_in_batch))
+        n_ce, n_kl = self._totals(roles, num_items_in_batch)
+        result = self.objective(
+            model, inputs, roles, n_ce, n_kl, self.lwf_lambda, self.lwf_temperature
+        )
         self._meters["train" if training else "eval"].add(result, roles)
         loss = result.total * (self.accelerator.num_processes if training else 1)
         if not return_outputs:
@@ -297,49 +237,6 @@ class LwFTrainer(SFTTrainer):
         if items is not None and self._counts is not None:
             counts = self._counts
         return n_ce.clamp(min=1), counts[2:].sum().clamp(min=1)
-
-    def _lwf_loss(
-        self, model: nn.Module, batch: dict[str, Any], roles: Roles, n_ce: Tensor, n_kl: Tensor
-    ) -> LwfLoss:
-        """Teacher forward on the rows that carry KL, student forward, both terms."""
-        full = self.head is None or (self.teacher is not None and self.teacher.head is None)
-        kept = roles.kept.flatten()  # (B*(T-1),)
-        teacher = self._teacher_rows(batch, roles.kl, full)
-        forward = model_logits if full else model_hidden
-        student = forward(model, batch["input_ids"], batch["attention_mask"])[:, :-1].flatten(0, 1)[
-            kept
-        ]
-        settings = {
-            "kl_rows": roles.kl.flatten()[kept],
-            "n_ce": n_ce,
-            "n_kl": n_kl,
-            "lwf_lambda": self.lwf_lambda,
-            "temperature": self.lwf_temperature,
-            "kl": self.args.lwf_kl,
-            "targets": roles.targets.flatten()[kept],
-            "label_smoothing": self.label_smoothing,
-            "groups": roles.rehearsal.flatten()[kept].long(),
-            "num_groups": 2,
-            "return_rows": True,
-        }
-        labels = roles.labels.flatten()[kept]
-        if full:
-            return lwf_loss_from_logits(student, labels, teacher_logits=teacher, **settings)
-        assert self.head is not None
-        other = None if self.teacher is None else self.teacher.head
-        return lwf_loss(student, labels, self.head, teacher=teacher, teacher_head=other, **settings)
-
-    def _teacher_rows(self, batch: dict[str, Any], kl: Tensor, full: bool) -> Tensor | None:
-        """Teacher outputs (K, H or V) of the tokens that carry KL, from a forward on their rows
-        alone.
-        """
-        rows = kl.any(1).nonzero()[:, 0]
-        if self.teacher is None or not len(rows):
-            return None
-        longest = int(batch["attention_mask"][rows].sum(1).max())
-        ids, mask = batch["input_ids"][rows, :longest], batch["attention_mask"][rows, :longest]
-        out = self.teacher.logits(ids, mask) if full else self.teacher.hidden(ids, mask)
-        return out[:, :-1][kl[rows, : longest - 1]]
 
     @property
     def lwf_lambda(self) -> float:
@@ -409,7 +306,10 @@ class LwFTrainer(SFTTrainer):
                 logger.info("Resuming from %s.", resume_from_checkpoint)
         at = str(resume_from_checkpoint) if resume_from_checkpoint else None
         with model_lock(self.model, "training"):
-            return super().train(resume_from_checkpoint=at, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint=at, **kwargs)
+            finally:
+                self._counts = None
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; says it when the warm-up is longer than half the run."""
@@ -431,18 +331,12 @@ class LwFTrainer(SFTTrainer):
         load_teacher(self.teacher, Path(resume_from_checkpoint))
 
 
-def _encoded_columns(rows: Any, is_rehearsal: bool) -> Any:
-    """Encoded rows with the columns the loss needs, and no others."""
-    from datasets import Dataset
+def _restore_precision(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Gives trained tensors their dtype back.
 
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": list(row["input_ids"]),
-                "labels": list(row["labels"]),
-                "prompt_length": prompt_length(row),
-                "is_rehearsal": is_rehearsal,
-            }
-            for row in rows
-        ]
-    )
+    TRL casts the adapters of a 4-bit model to bf16, where a rate of 2e-4 loses most small updates and a
+    T4 has no arithmetic; Unsloth's CUDA path leaves them in fp32, and so does this on every device.
+    """
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name].dtype:
+            parameter.data = before[name].to(parameter.device)

@@ -1,0 +1,126 @@
+"""Rows for the trainer: task and rehearsal rows encoded with one tokenizer and template."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from lwf_unsloth.alpaca import encode_rows
+from lwf_unsloth.batches import prompt_length
+from lwf_unsloth.errors import DataError
+from lwf_unsloth.rehearsal import rehearsal_count
+
+logger = logging.getLogger(__name__)
+
+ENCODED = {"input_ids", "labels"}
+
+
+@dataclass(frozen=True)
+class TrainRows:
+    """Task rows, then the rehearsal pool, in one dataset; the sampler gives the order."""
+
+    dataset: Any
+    """Dataset with input_ids, labels, prompt_length, is_rehearsal."""
+    n_task: int
+    """Task rows: the first ones."""
+    n_rehearsal: int
+    """Rehearsal rows in the pool, 0 where none take part."""
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Encodes rows as the trainer needs them."""
+
+    tokenizer: Any
+    max_length: int | None
+    train_on: str
+
+    def __call__(self, rows: Any, name: str, is_rehearsal: bool = False) -> Any:
+        """Encodes Alpaca or text rows; encoded rows pass through.
+
+        Args:
+            rows: Dataset or list of dicts.
+            name: What the user calls them, for messages.
+            is_rehearsal: The role of these rows.
+
+        Returns:
+            Dataset with input_ids, labels, prompt_length, is_rehearsal.
+
+        Raises:
+            DataError: Another type, no rows, or rows that yield no labels.
+        """
+        from datasets import Dataset
+
+        if isinstance(rows, list):
+            rows = Dataset.from_list(rows)
+        if not isinstance(rows, Dataset):
+            raise DataError(
+                f"{name} is a {type(rows).__name__}, but must be a Dataset or a list of dicts. "
+                "load_alpaca and load_text give a dict of them: take its ['train']."
+            )
+        if len(rows) == 0:
+            raise DataError(f"{name} is empty: there is nothing to learn from.")
+        if set(rows.column_names) >= ENCODED:
+            return _encoded(rows, is_rehearsal)
+        encoded, report = encode_rows(
+            self.tokenizer,
+            rows,
+            max_length=self.max_length,
+            train_on=self.train_on,
+            is_rehearsal=is_rehearsal,
+        )
+        logger.info("%s: %s", name, report)
+        return encoded
+
+    def evaluation(self, rows: Any) -> Any:
+        """Held-out rows, or a dict of named sets of them, encoded."""
+        if isinstance(rows, dict):
+            return {name: self(part, f"eval_dataset[{name!r}]") for name, part in rows.items()}
+        return self(rows, "eval_dataset")
+
+    def training(self, task: Any, rehearsal: Any, ratio: float) -> TrainRows:
+        """Task and rehearsal rows joined.
+
+        Args:
+            task: Task rows.
+            rehearsal: Rehearsal rows, or None where none take part.
+            ratio: Share of rehearsal rows in the mix.
+
+        Raises:
+            DataError: A set is missing or empty, or yields no labels.
+        """
+        from datasets import concatenate_datasets
+
+        if task is None:
+            raise DataError(
+                "train_dataset is missing: there is nothing to learn. Give "
+                "load_alpaca(...)['train']."
+            )
+        rows = self(task, "train_dataset")
+        if rehearsal is None or ratio == 0:
+            return TrainRows(rows, len(rows), 0)
+        pool = self(rehearsal, "rehearsal_dataset", True)
+        needed = rehearsal_count(len(rows), ratio)
+        counts = (len(rows), needed, 100 * ratio, len(pool))
+        logger.info("An epoch has %d task rows and %d rehearsal rows (%.0f %%), from %d.", *counts)
+        if needed > len(pool):
+            logger.warning(
+                "Rehearsal rows repeat in an epoch: %d drawn from %d.", needed, len(pool)
+            )
+        return TrainRows(concatenate_datasets([rows, pool]), len(rows), len(pool))
+
+
+def _encoded(rows: Any, is_rehearsal: bool) -> Any:
+    """Encoded rows with the columns the loss needs, and no others."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": list(row["input_ids"]),
+                "labels": list(row["labels"]),
+                "prompt_length": prompt_length(row),
+                "is_rehearsal": is_rehearsal,
+            }
+            for row in rows
+        ]
+    )
