@@ -1,7 +1,13 @@
 """Shared fixtures: a hand-made two-layer model with its own tokenizer, loaded through the real
 FastLanguageModel."""
 
+import os
+
 import pytest
+
+# One thread a process: tiny tensors gain nothing from more, and parallel test processes would
+# fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SENTENCES = [
     "Below is an instruction that describes a task, paired with an input that provides further "
