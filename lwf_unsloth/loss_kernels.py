@@ -5,52 +5,22 @@ Three bodies do the same arithmetic: `eager` (torch, any device), `compiled` (th
 logits at or under `FLOOR`, -inf among them, as `FLOOR`.
 """
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lwf_unsloth.loss_terms import FLOOR, Terms, Weights
+
 logger = logging.getLogger(__name__)
 
-KlKind = Literal["forward", "reverse", "target_masked"]
 BODIES = ("auto", "eager", "compiled", "triton")
-FLOOR = -65504.0
-"""Lowest logit, fp16's, so that all dtypes agree; lower ones are read as it, without gradient."""
 BODY_VARIABLE = "LWF_LOSS_BODY"
 """Environment variable that picks the body where the caller does not."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a chunk's rows need; few values in a run, so that few compiled bodies are built."""
-
-    ce: bool
-    """Some rows of the chunk carry cross entropy."""
-    kl: KlKind | None
-    """Direction of the KL that all rows of the chunk carry; None for cross entropy alone."""
-    gradient: bool
-    """Write the gradient over the student's logits."""
-    unit_temperature: bool = True
-    """T is 1, so that cross entropy and KL share one softmax."""
-    label_smoothing: float = 0.0
-    student_shape: tuple[float, float] = (1.0, 0.0)
-    """(scale, softcap) of the student's head."""
-    teacher_shape: tuple[float, float] = (1.0, 0.0)
-    """(scale, softcap) of the teacher's head."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What may change every step: factors of both gradients, and the temperature."""
-
-    ce: float
-    kl: float
-    temperature: float = 1.0
 
 
 def shape_logits(logits: Tensor, scale: float, softcap: float) -> Tensor:
@@ -215,30 +185,23 @@ def run_body(
 
     A body that fails is given up with one line in the log, and eager takes over.
     """
-    name = choose_body(body, z)
-    numbers = torch.tensor(
-        [weights.ce, weights.kl, weights.temperature],
-        dtype=torch.promote_types(z.dtype, torch.float32),
-    )
+    name = choose_body(body, z.device.type, z.dtype)
     if name != "eager":
         try:
-            return _BODIES[name](
-                z, u, labels, targets, numbers.to(z.device, non_blocking=True), terms
-            )
+            run = _triton() if name == "triton" else _compiled
+            return run(z, u, labels, targets, weights, terms)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            logger.warning(
-                "The %s loss body failed, eager torch takes over (same numbers, slower): %s",
-                name,
-                error,
-            )
             _broken.add(name)
-    return eager_body(z, u, labels, targets, numbers.to(z.device, non_blocking=True), terms)
+            logger.warning(
+                "The %s loss body failed, slower eager torch takes over: %s", name, error
+            )
+    return eager_body(z, u, labels, targets, weights.to(z), terms)
 
 
-def choose_body(body: str | None, z: Tensor) -> str:
-    """The body that will run: on CPU, in fp64 and after a failure always eager."""
+def choose_body(body: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The body that will run; in fp64, after a failure and (if not named) on a CPU it is eager."""
     name = body or os.environ.get(BODY_VARIABLE) or "auto"
     if name not in BODIES:
         raise ValueError(
@@ -246,8 +209,24 @@ def choose_body(body: str | None, z: Tensor) -> str:
             f"(argument body, or the variable {BODY_VARIABLE})."
         )
     if name == "auto":
-        name = "compiled" if z.device.type == "cuda" else "eager"
-    return "eager" if name in _broken or name not in _BODIES or z.dtype == torch.float64 else name
+        name = "eager" if device_type != "cuda" else "triton" if _has_triton() else "compiled"
+    return "eager" if name in _broken or dtype == torch.float64 else name
+
+
+_broken: set[str] = set()
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache
+def _triton() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The Triton body, imported at its first use: a CPU installation has no Triton."""
+    from lwf_unsloth.loss_triton import triton_body
+
+    return triton_body
 
 
 @lru_cache
@@ -255,15 +234,11 @@ def _compiler() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(eager_body)
 
 
-def compiled_body(
-    z: Tensor, u: Tensor | None, labels: Tensor, targets: Tensor, weights: Tensor, terms: Terms
+def _compiled(
+    z: Tensor, u: Tensor | None, labels: Tensor, targets: Tensor, weights: Weights, terms: Terms
 ) -> tuple[Tensor, Tensor]:
-    """`eager_body` compiled once for any number of rows."""
+    """`eager_body`, compiled once for any number of rows."""
     for tensor in (z, u, labels, targets):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compiler()(z, u, labels, targets, weights, terms)
-
-
-_broken: set[str] = set()
-_BODIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"compiled": compiled_body}
+    return _compiler()(z, u, labels, targets, weights.to(z), terms)

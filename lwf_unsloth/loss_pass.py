@@ -1,6 +1,7 @@
 """The one pass: chunks of rows through the head, losses and dh in forward, scaled in backward."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwf_unsloth.loss_kernels import Terms, Weights, run_body
+from lwf_unsloth.loss_kernels import choose_body, run_body
 from lwf_unsloth.loss_rows import Head, Rows, Settings
+from lwf_unsloth.loss_terms import Terms, Weights
 
 CUDA_CHUNK_BYTES = 512 * 2**20
 """Most that the logits of a chunk take on a GPU; less where less is free."""
@@ -31,6 +33,11 @@ class Job:
     chunk_rows: int | None
     body: str | None
     gradient: bool
+
+    def __post_init__(self) -> None:
+        """Refuses chunks without rows."""
+        if self.chunk_rows is not None and self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows is {self.chunk_rows}; a chunk needs at least 1 row.")
 
 
 class OnePass(torch.autograd.Function):
@@ -63,6 +70,12 @@ class OnePass(torch.autograd.Function):
         return grad, None
 
 
+def one_pass(student: Tensor, job: Job) -> tuple[Tensor, Tensor, Tensor]:
+    """Total, cross entropy (K + C,) and T^2 KL (K,) of the kept rows; see `OnePass`."""
+    apply: Callable[[Tensor, Job], tuple[Tensor, Tensor, Tensor]] = OnePass.apply
+    return apply(student, job)
+
+
 def _run_chunks(student: Tensor, job: Job) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy of the kept rows, KL of the KL rows, and dh (no rows if not asked for)."""
     rows, weight = job.rows, job.head.weight
@@ -73,54 +86,35 @@ def _run_chunks(student: Tensor, job: Job) -> tuple[Tensor, Tensor, Tensor]:
     dh = torch.zeros(
         (count if job.gradient else 0, student.shape[1]), dtype=dtype, device=student.device
     )
-    most = job.chunk_rows or rows_per_chunk(weight, 2 if kl_count else 1)
+    most = job.chunk_rows or rows_per_chunk(weight, 2 if kl_count else 1, job.body)
     buffers = [torch.empty((min(most, count), vocab), dtype=weight.dtype, device=student.device)]
     if kl_count:
         buffers.append(torch.empty_like(buffers[0][:kl_count]))
-    for start, stop in _chunks(0, kl_count, most) + _chunks(kl_count, count, most):
-        part = slice(start, stop)
-        z = head_logits(student[rows.index[part]], job.head, buffers[0])
-        has_kl = start < kl_count
-        u = (
-            head_logits(job.teacher[part], job.teacher_head, buffers[1])
-            if has_kl and job.teacher is not None
-            else None
-        )
-        terms, weights, scale = _plan(job, has_kl)
-        ce[part], kl_part = run_body(
-            z, u, rows.labels[part], rows.targets[part], weights, terms, job.body
-        )
-        if has_kl:
-            kl[part] = kl_part
-        if job.gradient:
-            dh[part] = dh_product(z, weight, dtype).div_(scale)
+    for segment, chunks in (
+        (True, _chunks(0, kl_count, most)),
+        (False, _chunks(kl_count, count, most)),
+    ):
+        terms, weights, scale = _plan(job, segment)
+        for part in chunks:
+            z = head_logits(student[rows.index[part]], job.head, buffers[0])
+            u = None
+            if segment and job.teacher is not None:
+                u = head_logits(job.teacher[part], job.teacher_head, buffers[1])
+            ce[part], kl_part = run_body(
+                z, u, rows.labels[part], rows.targets[part], weights, terms, job.body
+            )
+            if segment:
+                kl[part] = kl_part
+            if job.gradient:
+                dh[part] = dh_product(z, weight, dtype).div_(scale)
     return ce, kl, dh
 
 
 def _plan(job: Job, has_kl: bool) -> tuple[Terms, Weights, float]:
-    """Terms and weights of a chunk, and the factor that its gradient carries to fill fp16's range.
-
-    The magnitudes of a row's gradient sum to at most 2 (cross entropy) + 2 T kl_ratio (KL, forward
-    and masked); reverse has no bound and is given 16 times that. The factor is a power of 2, which
-    costs no bit.
-    """
+    """Terms and weights of a segment's chunks, and the factor that their gradient carries."""
     settings, head = job.settings, job.head
-    ce = job.rows.kl_rows_have_ce if has_kl else True
-    scale = 1.0
-    if head.weight.dtype == torch.float16:
-        bound = (2.0 if ce else 0.0) + (
-            2.0 * settings.temperature * settings.kl_ratio if has_kl else 0.0
-        )
-        bound = max(
-            bound
-            * max(abs(head.scale), 1e-6)
-            * (16.0 if settings.kl == "reverse" and has_kl else 1.0),
-            1e-20,
-        )
-        top = 15 if product_in_fp32(head.weight.device.type) else 11
-        scale = 2.0 ** math.floor(top - math.log2(bound))
     terms = Terms(
-        ce=ce,
+        ce=job.rows.kl_rows_have_ce or not has_kl,
         kl=settings.kl if has_kl else None,
         gradient=job.gradient,
         unit_temperature=settings.temperature == 1.0,
@@ -128,31 +122,43 @@ def _plan(job: Job, has_kl: bool) -> tuple[Terms, Weights, float]:
         student_shape=(head.scale, head.softcap),
         teacher_shape=(job.teacher_head.scale, job.teacher_head.softcap),
     )
+    scale = _fp16_scale(terms, job) if head.weight.dtype == torch.float16 else 1.0
     return terms, Weights(scale, scale * settings.kl_ratio, settings.temperature), scale
 
 
-def _chunks(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+def _fp16_scale(terms: Terms, job: Job) -> float:
+    """Factor, a power of 2, that puts a chunk's gradient into fp16's range.
+
+    The magnitudes of a row's gradient sum to at most 2 (cross entropy) + 2 T kl_ratio (KL, forward
+    and masked), times the head's scale; reverse KL has no bound and is given 16 times that.
+    """
+    kl = 2.0 * job.settings.temperature * job.settings.kl_ratio if terms.kl else 0.0
+    bound = (2.0 if terms.ce else 0.0) + kl * (16.0 if terms.kl == "reverse" else 1.0)
+    return 2.0 ** math.floor(15 - math.log2(max(bound * abs(job.head.scale), 1e-20)))
+
+
+def _chunks(start: int, stop: int, most: int) -> list[slice]:
     """Even chunks of at most `most` rows, so that no short one is left over."""
     count = math.ceil((stop - start) / most)
     size = math.ceil((stop - start) / count) if count else 1
     size = min(most, 8 * math.ceil(size / 8))
-    return [(at, min(at + size, stop)) for at in range(start, stop, size)]
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
-def rows_per_chunk(weight: Tensor, sides: int) -> int:
-    """Rows whose logits, of `sides` models, fit the budget.
+def rows_per_chunk(weight: Tensor, sides: int, body: str | None) -> int:
+    """Rows whose logits, of `sides` models, fit the budget; an eager body's copies included.
 
     On a GPU a quarter of the free memory, CUDA_CHUNK_BYTES at most; on a CPU CPU_CHUNK_BYTES.
     """
-    device, per_row = weight.device, weight.shape[0] * weight.element_size() * sides
-    if device.type != "cuda":
-        return max(1, CPU_CHUNK_BYTES // (per_row + weight.shape[0] * 4 * (2 + 4 * sides)))
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        + torch.cuda.memory_reserved(device)
-        - torch.cuda.memory_allocated(device)
-    )
-    rows = min(CUDA_CHUNK_BYTES, free // 4) // per_row
+    device, cuda = weight.device, weight.device.type == "cuda"
+    wide = torch.promote_types(weight.dtype, torch.float32).itemsize
+    eager = choose_body(body, device.type, weight.dtype) == "eager"
+    copies = wide * (2 + 4 * sides) if eager else 0
+    budget = CPU_CHUNK_BYTES
+    if cuda:
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = min(CUDA_CHUNK_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
+    rows = budget // (weight.shape[0] * (weight.element_size() * sides + copies))
     return max(1, rows // 64 * 64 or rows)
 
 
@@ -171,16 +177,18 @@ def head_logits(hidden: Tensor, head: Head, buffer: Tensor) -> Tensor:
 def dh_product(dz: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The product dz (M, V) @ weight (V, H) in `dtype`.
 
-    One product where the device gives fp32 from half precision, else summed by blocks of classes.
+    One product where the device gives fp32 from half precision. Elsewhere (a CPU) by blocks of
+    classes, summed in fp32; fp16 is widened first, since its products may leave its range.
     """
     if weight.dtype == dtype:
         return torch.mm(dz, weight)
     if product_in_fp32(weight.device.type):
         return torch.mm(dz, weight, out_dtype=dtype)
     total = torch.zeros((len(dz), weight.shape[1]), dtype=dtype, device=dz.device)
+    inside = dtype if weight.dtype == torch.float16 else weight.dtype
     for start in range(0, len(weight), VOCAB_BLOCK):
         part = slice(start, start + VOCAB_BLOCK)
-        total += torch.mm(dz[:, part], weight[part])
+        total += torch.mm(dz[:, part].to(inside), weight[part].to(inside))
     return total
 
 

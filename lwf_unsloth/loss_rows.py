@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lwf_unsloth.loss_kernels import KlKind
+from lwf_unsloth.loss_terms import KlKind
 
 IGNORED = -100
 """Label of a row without cross entropy."""

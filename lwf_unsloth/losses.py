@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from lwf_unsloth.loss_kernels import (
-    KlKind,
     class_mask,
     divergence,
     kl_log_probs,
     raise_to_floor,
     smoothed_ce,
 )
-from lwf_unsloth.loss_pass import Job, OnePass
+from lwf_unsloth.loss_pass import Job, one_pass
 from lwf_unsloth.loss_rows import (
     Head,
     Rows,
@@ -37,6 +36,7 @@ from lwf_unsloth.loss_rows import (
     divisor,
     sort_rows,
 )
+from lwf_unsloth.loss_terms import KlKind
 
 __all__ = ["Head", "KlKind", "LwfLoss", "lwf_loss", "lwf_loss_from_logits"]
 
@@ -132,7 +132,7 @@ def lwf_loss(
     )
     gradient = torch.is_grad_enabled() and student.requires_grad
     job = Job(head, teacher, teacher_head, rows, settings, chunk_rows, body, gradient)
-    total, ce, kl_values = OnePass.apply(student, job)  # type: ignore[no-untyped-call]
+    total, ce, kl_values = one_pass(student, job)
     return _assemble(total, ce, kl_values, rows, len(student), groups, num_groups, return_rows)
 
 
