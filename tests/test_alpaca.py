@@ -458,6 +458,13 @@ def test_shares_hold_in_train_and_test_without_a_repeated_row():
     assert len(set(texts)) == 125 and balanced(data.report)
 
 
+def test_each_source_gives_its_part_of_the_test_half():
+    for seed in range(5):
+        data = load_alpaca([distinct(90, "task"), distinct(10, "code")], seed=seed)
+        tags = [text.split()[0] for text in data["test"]["instruction"]]
+        assert (tags.count("task"), tags.count("code")) == (9, 1)
+
+
 def test_several_sources_of_several_kinds_are_joined(tmp_path):
     path = write(tmp_path, "a.jsonl", as_jsonl(distinct(3, "file")))
     data = load_alpaca([path, Dataset.from_list(distinct(4, "set")), distinct(5, "list"), path])

@@ -262,6 +262,8 @@ def test_control_tokens_in_the_data_are_plain_text(tokenizers, kind):
     assert tokenizer("</s>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id], (
         "the caller's tokenizer is as it was"
     )
+    encode_row(tokenizer, row_of("y"), max_length=None)
+    assert tokenizer.backend_tokenizer.encode_special_tokens is False, "also beneath transformers"
 
 
 def test_control_tokens_of_the_template_stay_control_tokens_and_bos_is_not_doubled():
