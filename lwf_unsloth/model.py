@@ -1,79 +1,39 @@
-"""Load a 4-bit model with LoRA through Unsloth's FastLanguageModel; say what was really loaded."""
+"""Load a model with LoRA through Unsloth's FastLanguageModel, and an adapter back onto its base."""
 
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from lwf_unsloth.backend import device_name, native_bf16, on_cuda, prepare
-from lwf_unsloth.bases import BaseIdentity, identify
+from lwf_unsloth.adapters import AdapterFolder, fill_adapter, read_adapter, save_adapter
+from lwf_unsloth.backend import native_bf16, on_cuda, prepare
 from lwf_unsloth.config import ModelConfig
 from lwf_unsloth.errors import ConfigError, ModelError
+from lwf_unsloth.loaded import (
+    LoadedModel,
+    check_targets,
+    check_vocabulary,
+    identify_files,
+    inspect_model,
+    note_adapter,
+)
+from lwf_unsloth.merging import merge_model
 from lwf_unsloth.model_files import ModelFiles, cached, find_model, hub_in_reach
 from lwf_unsloth.records import check_tokenizer
+
+__all__ = [
+    "LoadedModel",
+    "default_model",
+    "load_adapter",
+    "load_base",
+    "load_model",
+    "merge_model",
+    "save_adapter",
+]
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_HUB_MODEL = "unsloth/gemma-2b-bnb-4bit"
 _DEFAULT_EMBEDDED = "smollm2-135m-instruct"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """What is in memory, read off the modules; `str()` is the sentence said to the user."""
-
-    asked: str
-    """The name that was asked for."""
-    identity: BaseIdentity
-    bits: int
-    """Bits a weight of the linear layers: 4, 8, 16 or 32."""
-    quantization: str
-    """"nf4, double quantisation", or empty where not quantised."""
-    quantized_layers: int
-    linear_layers: int
-    """Linear layers under the output head, quantised or not."""
-    dtype: str
-    """Dtype of the weights that are not quantised."""
-    compute_dtype: str
-    """Dtype of the products with quantised weights."""
-    device: str
-    parameters: int
-    """Weights of the base model (4-bit ones counted as weights, not as bytes)."""
-    trainable: int = 0
-    lora: dict[str, Any] = field(default_factory=dict)
-    """r, lora_alpha, lora_dropout, bias and target_modules as they are on the model."""
-    differences: tuple[str, ...] = ()
-    """What differs from what was asked for."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """The `ModelConfig`, without its token."""
-
-    @property
-    def base(self) -> str:
-        """The base model's name: hub id, embedded name or folder name."""
-        return self.identity.name
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for reports and model cards."""
-        values = asdict(self)
-        values["identity"] = self.identity.to_dict()
-        settings = {**self.settings, "model_name": self.base}
-        return {**values, "base": self.base, "asked": self.base, "settings": settings}
-
-    def __str__(self) -> str:
-        if self.bits < 16:
-            weights = (
-                f"{self.bits}-bit weights ({self.quantization}) in {self.quantized_layers} of "
-                f"{self.linear_layers} linear layers, the rest in {self.dtype}, products in "
-                f"{self.compute_dtype}"
-            )
-        else:
-            weights = f"{self.bits}-bit weights ({self.dtype})"
-        text = f"{self.base}: {weights}, on {self.device}"
-        if self.lora:
-            text += (
-                f"; LoRA r {self.lora['r']}, alpha {self.lora['lora_alpha']}, trains "
-                f"{self.trainable:,} of {self.parameters + self.trainable:,} weights"
-            )
-        return ". ".join([text, *self.differences]) + "."
 
 
 def default_model() -> ModelConfig:
@@ -113,7 +73,54 @@ def load_model(config: ModelConfig | str) -> tuple[Any, Any]:
         use_gradient_checkpointing=config.use_gradient_checkpointing,
         random_state=config.random_state,
     )
-    finish(model, loaded)
+    note_adapter(model, loaded)
+    return model, tokenizer
+
+
+def load_adapter(
+    folder: str | Path,
+    *,
+    base: ModelConfig | str | None = None,
+    trainable: bool = False,
+    check_base: bool = True,
+) -> tuple[Any, Any]:
+    """Loads a saved adapter onto its base model, with the tokenizer and template it was saved with.
+
+    An adapter belongs to the base it was trained on, in the same precision: on 4-bit weights it
+    answers a little differently than on 16-bit ones, and on other weights it answers wrongly. So
+    the base is loaded as it was in training, unless `base` says otherwise, and compared.
+
+    Args:
+        folder: What `save_adapter`, or PEFT's own save_pretrained, wrote.
+        base: Its base model; None takes the recorded one (not possible for a local folder, whose
+            path is not recorded). A name keeps the recorded settings, a `ModelConfig` replaces them
+            (its LoRA fields are not used).
+        trainable: Whether the adapter is to be trained on.
+        check_base: False loads it onto a base that is known to differ.
+
+    Returns:
+        (model, tokenizer), as `load_model`.
+
+    Raises:
+        ModelError: No adapter in safetensors there, a base that differs from the recorded one (both
+            are named), or weights that don't fit the model.
+    """
+    saved = read_adapter(Path(folder))
+    config = saved.base_config(base)
+    model, tokenizer, loaded = load_base(config)
+    loaded = saved.compare(loaded, check=check_base)
+    check_targets(model, saved.lora["target_modules"])
+    from unsloth import FastLanguageModel
+
+    model = FastLanguageModel.get_peft_model(
+        model,
+        use_gradient_checkpointing=config.use_gradient_checkpointing,
+        random_state=config.random_state,
+        **saved.lora,
+    )
+    fill_adapter(model, saved, trainable=trainable)
+    tokenizer = _saved_tokenizer(model, tokenizer, saved)
+    note_adapter(model, loaded)
     return model, tokenizer
 
 
@@ -133,84 +140,48 @@ def load_base(config: ModelConfig) -> tuple[Any, Any, LoadedModel]:
     prepare()
     files = find_model(config)
     arguments = _arguments(config, files)
+    identity = identify_files(
+        files, config
+    )  # looks at every file's header: a cut-off one ends here
     from unsloth import FastLanguageModel
 
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(files.source, **arguments)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ModelError(
-            f"{config.model_name!r} could not be loaded ({type(error).__name__}: "
-            f"{reason.strip()}). Check the name, that its files are whole, and for a gated or "
-            "private model the token."
-        ) from error
+    except Exception as error:  # whatever the libraries raise, the user is told what to do
+        raise _not_loaded(config, error) from error
     check_tokenizer(tokenizer)
-    _check_vocabulary(model, tokenizer, config.model_name)
-    return model, tokenizer, _inspect(model, config, files)
+    check_vocabulary(model, tokenizer, config.model_name)
+    return model, tokenizer, inspect_model(model, config, files, identity)
 
 
-def finish(model: Any, loaded: LoadedModel) -> LoadedModel:
-    """Reads the adapter off a PEFT model, notes on the model what is there, and says it.
+def _saved_tokenizer(model: Any, tokenizer: Any, saved: AdapterFolder) -> Any:
+    """The tokenizer in the adapter's folder, or the base's where there is none."""
+    if not (saved.folder / "tokenizer_config.json").is_file():
+        return tokenizer
+    from transformers import AutoTokenizer
 
-    Args:
-        model: A PEFT model.
-        loaded: What `load_base` found.
-
-    Returns:
-        The completed `LoadedModel`, also set as `model.lwf_loaded`.
-
-    Raises:
-        ModelError: Nothing in the model would train, though the adapter is not in inference mode.
-    """
-    adapter = model.peft_config[model.active_adapter]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trainable and not adapter.inference_mode:
-        raise ModelError(
-            "No weight of the model would train: LoRA reached none of its modules, or they are "
-            "frozen. Training would end without having learned anything. Check target_modules."
-        )
-    lora = {
-        "r": adapter.r,
-        "lora_alpha": adapter.lora_alpha,
-        "lora_dropout": adapter.lora_dropout,
-        "bias": adapter.bias,
-        "target_modules": sorted(adapter.target_modules)
-        if not isinstance(adapter.target_modules, str)
-        else adapter.target_modules,
-    }
-    loaded = replace(loaded, trainable=trainable, lora=lora)
-    model.lwf_loaded = loaded
-    logger.log(logging.WARNING if loaded.differences else logging.INFO, "%s", loaded)
-    return loaded
+    own = AutoTokenizer.from_pretrained(
+        saved.folder,
+        padding_side="right",
+        model_max_length=getattr(tokenizer, "model_max_length", None),
+    )
+    check_tokenizer(own)
+    check_vocabulary(model, own, str(saved.folder))
+    for module in model.modules():  # Unsloth flips the padding side of the one it keeps there
+        if "_saved_temp_tokenizer" in vars(module):
+            module._saved_temp_tokenizer = own
+    return own
 
 
-def check_targets(model: Any, wanted: Any) -> None:
-    """Checks that every target module is a linear module of the model.
-
-    Raises:
-        ModelError: One is not; the message lists those there are.
-    """
-    from torch.nn import Linear
-
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) or type(module).__name__ == "Conv1D"
-    }
-    head = {"lm_head", "embed_tokens"} & set(wanted)
-    if head:
-        raise ModelError(
-            f"target_modules names {sorted(head)}: Unsloth would train it whole, not by LoRA, and "
-            "the model with its adapter off would no longer be the teacher. Leave it out."
-        )
-    missing = [name for name in wanted if name.rsplit(".", 1)[-1] not in linear]
-    if missing:
-        there = sorted(linear - {"lm_head"})
-        raise ModelError(
-            f"target_modules names {missing}, but {type(model).__name__} has no such linear "
-            f"modules: LoRA would leave them out. The ones there: {', '.join(there)}. Set "
-            "ModelConfig(target_modules=[...])."
-        )
+def _not_loaded(config: ModelConfig, error: Exception) -> ModelError:
+    """What to say when `from_pretrained` failed."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error)).strip()
+    advice = "Check the name, that its files are whole, and for a gated or private model the token."
+    if "out of memory" in reason.lower():
+        advice = "Free memory (another process or notebook may hold it), or take a smaller model."
+    return ModelError(
+        f"{config.model_name!r} could not be loaded ({type(error).__name__}: {reason}). {advice}"
+    )
 
 
 def _dtype(config: ModelConfig) -> Any:
@@ -284,96 +255,3 @@ def _arguments(config: ModelConfig, files: ModelFiles) -> dict[str, Any]:
         llm_int8_skip_modules=list(SKIP_QUANTIZATION_MODULES),
     )
     return arguments
-
-
-def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    """Checks that every token has an embedding row.
-
-    Raises:
-        ModelError: The tokenizer knows more tokens than the model.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    tokens = len(getattr(tokenizer, "tokenizer", tokenizer))
-    if tokens > rows:
-        raise ModelError(
-            f"The tokenizer of {name!r} has {tokens} tokens, but the model only {rows} embedding "
-            "rows: a token without a row crashes in training, and a grown embedding would have to "
-            "be saved with every adapter. Use the tokenizer the model came with."
-        )
-
-
-def _inspect(model: Any, config: ModelConfig, files: ModelFiles) -> LoadedModel:
-    """Reads what was loaded off the modules, and how it differs from what was asked for."""
-    head = model.get_output_embeddings()
-    layers = [
-        module
-        for module in model.modules()
-        if hasattr(module, "in_features") and hasattr(module, "weight") and module is not head
-    ]
-    quantized = [
-        layer for layer in layers if type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
-    ]
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    bits, kind, compute = (32 if dtype == "float32" else 16), "", dtype
-    if quantized:
-        bits, kind, compute = _quantization(quantized[0], dtype)
-    packed = {id(layer.weight) for layer in quantized}
-    weights = sum(p.numel() for p in model.parameters() if id(p) not in packed)
-    weights += sum(layer.in_features * layer.out_features for layer in quantized)
-    loaded = LoadedModel(
-        asked=config.model_name,
-        identity=_identity(model, config, files),
-        bits=bits,
-        quantization=kind,
-        quantized_layers=len(quantized),
-        linear_layers=len(layers),
-        dtype=dtype,
-        compute_dtype=compute,
-        device=device_name(),
-        parameters=weights,
-        settings=config.to_dict(),
-    )
-    return replace(loaded, differences=tuple(_differences(loaded, config, files)))
-
-
-def _quantization(layer: Any, dtype: str) -> tuple[int, str, str]:
-    """Bits, kind and compute dtype of one quantised layer."""
-    if type(layer).__name__ == "Linear8bitLt":
-        return 8, "int8", dtype
-    state = layer.weight.quant_state
-    kind = layer.weight.quant_type + (", double quantisation" if state.nested else "")
-    return 4, kind, str(layer.compute_dtype or dtype).removeprefix("torch.")
-
-
-def _identity(model: Any, config: ModelConfig, files: ModelFiles) -> BaseIdentity:
-    """Names what was loaded: on the hub Unsloth may have taken another repository."""
-    if files.kind != "hub":
-        return identify(files.folder, config.model_name, files.kind)
-    commit = str(getattr(model.config, "_commit_hash", None) or config.revision or "")
-    if files.folder is not None:
-        return identify(files.folder, config.model_name, "hub", commit)
-    name = str(getattr(model.config, "_name_or_path", "") or config.model_name)
-    return identify(cached(name, commit or None), name, "hub", commit)
-
-
-def _differences(loaded: LoadedModel, config: ModelConfig, files: ModelFiles) -> list[str]:
-    """What is not as it was asked for, one clause each."""
-    found = []
-    if files.kind == "hub" and loaded.base != config.model_name:
-        found.append(f"{config.model_name!r} was asked for; Unsloth took {loaded.base!r}")
-    if config.load_in_4bit and loaded.bits != 4:
-        found.append(f"4 bits were asked for, but the weights have {loaded.bits}")
-    if not config.load_in_4bit and loaded.bits < 16:
-        found.append(
-            f"load_in_4bit=False was asked for, but the files hold {loaded.bits}-bit weights"
-        )
-    if config.dtype not in (None, loaded.dtype):
-        found.append(f"dtype {config.dtype} was asked for, but this device got {loaded.dtype}")
-    if files.prequantized and loaded.bits == 4:
-        kind = config.bnb_4bit_quant_type
-        kind += ", double quantisation" if config.bnb_4bit_use_double_quant else ""
-        if kind != loaded.quantization:
-            found.append(f"{kind} was asked for, but the files were quantised already")
-    if not on_cuda() and config.device_map not in (None, "auto", "cpu"):
-        found.append(f"device_map {config.device_map!r} has no effect without a GPU")
-    return found

@@ -1,5 +1,6 @@
 """Where a model comes from: an embedded name, a folder or the hub; checked before anything heavy is
-loaded."""
+loaded.
+"""
 
 import json
 import logging
@@ -69,7 +70,8 @@ def find_model(config: ModelConfig) -> ModelFiles:
 
 def _on_hub(name: str, config: ModelConfig) -> ModelFiles:
     """A hub id: asked for on the hub, or, where that is out of reach, taken from the hub's local
-    cache."""
+    cache.
+    """
     if hub_in_reach():
         return ModelFiles(name, "hub")
     endings = ("", *_PREQUANTIZED_ENDINGS) if config.load_in_4bit else ("",)
@@ -151,7 +153,8 @@ def _is_prequantized(folder: Path) -> bool:
 
 def cached(name: str, revision: str | None = None) -> Path | None:
     """The snapshot of a hub model in the hub's local cache, None where it is not there or not
-    whole."""
+    whole.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -164,7 +167,8 @@ def cached(name: str, revision: str | None = None) -> Path | None:
 
 def hub_in_reach(seconds: float = 5.0) -> bool:
     """Whether the hub answers within a few seconds; False without a try where HF_HUB_OFFLINE is
-    set."""
+    set.
+    """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
