@@ -1,0 +1,314 @@
+"""What was learned and what was kept, in numbers: NLL and KL to the base per token, facts found.
+
+A mean over a set is weighted by tokens: the sum over all scored tokens divided by their number,
+never a mean of batch means (after nanochat's loss_eval). Tuned and base model are the same loaded
+weights, the base with the adapter off, so that quantisation and dtype cannot differ between them.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lwf_unsloth.answers import Generations
+from lwf_unsloth.backend import prepare
+from lwf_unsloth.batches import LwFCollator, Roles, token_roles
+from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.generation import adapter_state, model_name
+from lwf_unsloth.hidden import model_hidden, model_logits
+from lwf_unsloth.locks import kept_state, model_lock
+from lwf_unsloth.losses import lwf_loss, lwf_loss_from_logits
+from lwf_unsloth.objective import Objective, probe_tokens
+from lwf_unsloth.records import encode_rows
+from lwf_unsloth.teacher import OwnTeacher, Teacher, dropout_off
+from lwf_unsloth.templates import get_template
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts the rows of one set, beside its base; sums of each row in nats."""
+
+    row_tokens: tuple[int, ...]
+    """Scored tokens of each row, in the order of the rows."""
+    row_nll: tuple[float, ...]
+    """Negative log-likelihood of each row under the tuned model."""
+    row_base_nll: tuple[float, ...] | None = None
+    """The same under the base model; None where it was not measured."""
+    row_kl: tuple[float, ...] | None = None
+    """KL(base || tuned) of each row, summed over its scored tokens."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What decides the numbers: scored tokens, template, lengths, dtype, weights, data."""
+
+    @property
+    def rows(self) -> int:
+        """Rows scored."""
+        return len(self.row_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored."""
+        return sum(self.row_tokens)
+
+    @property
+    def nll(self) -> float:
+        """NLL of the tuned model, nats per token."""
+        return math.fsum(self.row_nll) / self.tokens
+
+    @property
+    def base_nll(self) -> float | None:
+        """NLL of the base model, nats per token."""
+        return None if self.row_base_nll is None else math.fsum(self.row_base_nll) / self.tokens
+
+    @property
+    def kl(self) -> float | None:
+        """KL(base || tuned), nats per token."""
+        return None if self.row_kl is None else math.fsum(self.row_kl) / self.tokens
+
+    @property
+    def rise(self) -> float | None:
+        """NLL of the tuned model over that of the base, nats per token; below 0 it fell."""
+        return None if self.base_nll is None else self.nll - self.base_nll
+
+    def __str__(self) -> str:
+        """One line."""
+        found = [f"NLL {self.nll:.4f}"]
+        if self.base_nll is not None:
+            found += [f"base {self.base_nll:.4f}", f"KL(base || tuned) {self.kl:.4f}"]
+        return f"{', '.join(found)} nats per token ({self.rows} rows, {self.tokens} tokens)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The means and what decides them, for JSON."""
+        return {
+            "nll": self.nll,
+            "base_nll": self.base_nll,
+            "kl": self.kl,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "unit": "nats per token",
+            "settings": self.settings,
+        }
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    *,
+    max_length: int | None = 512,
+    batch_size: int = 8,
+    response_only: bool = True,
+    base: Teacher | str | None = "adapter_off",
+) -> Score:
+    """Scores rows by the tuned model and its base; memory never holds rows x vocabulary.
+
+    Args:
+        model: From `load_model`, trained or not; left as it was found.
+        tokenizer: Its tokenizer, which carries the prompt template.
+        rows: Alpaca or text rows (Dataset or list of dicts).
+        max_length: Tokens a row; longer rows lose their tail, counted in `settings["cut"]`.
+        batch_size: Rows at a time; for speed and memory, the numbers stay.
+        response_only: Score the answer (and its EOS) alone, or the prompt too. Text rows are
+            scored whole.
+        base: "adapter_off"; a teacher, for an adapter that was trained before; None measures the
+            tuned model alone, in half the time.
+
+    Returns:
+        The score, rows in their order.
+
+    Raises:
+        ConfigError: A setting out of range.
+        DataError: No row has a token to score.
+        ModelError: The model is in use by another thread.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size!r}, but must be a whole number from 1.")
+    if isinstance(base, str) and base != "adapter_off":
+        raise ConfigError(
+            f'base is {base!r}, but must be "adapter_off", a teacher (make_teacher) or None: '
+            "nothing else says which model to compare with."
+        )
+    prepare()
+    dataset, report = encode_rows(
+        tokenizer, rows, max_length=max_length, train_on="response" if response_only else "all"
+    )
+    if report.dropped:
+        logger.warning("Not every row is scored. %s", report)
+    encoded = list(dataset)
+    with model_lock(model, "scoring"), kept_state(model, tokenizer), _scoring_mode(model):
+        teacher = OwnTeacher(model) if isinstance(base, str) else base
+        sums = _row_sums(model, tokenizer, encoded, teacher, batch_size, response_only)
+        settings = {
+            "scored": "response" if response_only else "all",
+            "base": None if teacher is None else teacher.kind,
+            "max_length": max_length,
+            "cut": len(report.cut),
+            "dropped": len(report.dropped),
+            **_provenance(model, tokenizer, encoded),
+        }
+    tokens, nll, base_nll, kl = (part.tolist() for part in sums)
+    return Score(
+        tuple(int(n) for n in tokens),
+        tuple(nll),
+        None if teacher is None else tuple(base_nll),
+        None if teacher is None else tuple(kl),
+        settings,
+    )
+
+
+@contextmanager
+def _scoring_mode(model: Any) -> Iterator[None]:
+    """The kernels of training, which the teacher uses too, without dropout and without gradients.
+
+    Eval mode takes other attention paths on CUDA; used inside `kept_state`, which puts all back.
+    """
+    for_training = getattr(model, "for_training", None)  # Unsloth's way out of its decoding mode
+    if callable(for_training):
+        for_training(use_gradient_checkpointing=False)
+    else:
+        model.train()
+    dtype = getattr(model, "dtype", torch.float32)
+    half = dtype in (torch.float16, torch.bfloat16)
+    device = _device(model).type
+    precision = torch.autocast(device, dtype=dtype) if half else nullcontext()
+    with torch.no_grad(), dropout_off(model), precision:
+        yield
+
+
+def _device(model: Any) -> torch.device:
+    return torch.device(model.get_input_embeddings().weight.device)
+
+
+def _row_sums(
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: list[dict[str, Any]],
+    teacher: Teacher | None,
+    batch_size: int,
+    response_only: bool,
+) -> Tensor:
+    """(4, rows) fp64 on the CPU: tokens, NLL, base NLL, KL of each row; longest rows first."""
+    device = _device(model)
+    collate = LwFCollator(tokenizer.pad_token_id)
+    objective = Objective.of(model, teacher, probe_tokens(encoded[0], device))
+    lengths = [len(row["input_ids"]) for row in encoded]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    sums = torch.zeros(4, len(lengths), dtype=torch.float64)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    for places in _progress(batches):
+        batch = {name: t.to(device) for name, t in collate([encoded[i] for i in places]).items()}
+        roles = token_roles(
+            batch, "response" if response_only else "all", rehearsal_ce=True, with_kl=True
+        )
+        values = _token_values(objective, model, batch, roles).double().cpu()  # (4, N)
+        scored = roles.labels >= 0
+        owner = torch.arange(len(places))[:, None].expand(scored.shape)[scored.cpu()]  # (N,)
+        sums[:, places] = torch.zeros(4, len(places), dtype=torch.float64).index_add_(
+            1, owner, values
+        )
+    return sums
+
+
+def _token_values(
+    objective: Objective, model: nn.Module, batch: dict[str, Tensor], roles: Roles
+) -> Tensor:
+    """(4, N) of the N scored tokens: 1, NLL, base NLL, KL; zeros where there is no base."""
+    scored = roles.labels >= 0
+    labels = roles.labels[scored]  # (N,)
+    ids, mask, teacher = batch["input_ids"], batch["attention_mask"], objective.teacher
+    outputs = model_logits if objective.full_logits else model_hidden
+    ours = outputs(model, ids, mask)[:, :-1][scored]  # (N, H or V)
+    if teacher is None:
+        theirs = None
+    else:
+        forward = teacher.logits if objective.full_logits else teacher.hidden
+        theirs = forward(ids, mask)[:, :-1][scored]
+    if objective.full_logits:
+        tuned = lwf_loss_from_logits(ours, labels, teacher_logits=theirs, return_rows=True)
+        base = theirs if theirs is None else lwf_loss_from_logits(theirs, labels, return_rows=True)
+    else:
+        assert objective.head is not None
+        head = teacher.head if teacher is not None and teacher.head else objective.head
+        tuned = lwf_loss(
+            ours, labels, objective.head, teacher=theirs, teacher_head=head, return_rows=True
+        )
+        base = theirs if theirs is None else lwf_loss(theirs, labels, head, return_rows=True)
+    nll = _given(tuned.ce_rows)
+    parts = [torch.ones_like(nll), nll]
+    if base is None:
+        return torch.stack([*parts, torch.zeros_like(nll), torch.zeros_like(nll)])
+    return torch.stack([*parts, _given(base.ce_rows), _given(tuned.kl_rows)])
+
+
+def _given(values: Tensor | None) -> Tensor:
+    """Values of each row, which `return_rows` asked for."""
+    assert values is not None
+    return values
+
+
+def _provenance(model: Any, tokenizer: Any, encoded: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which weights and which data gave the numbers."""
+    state, weights = adapter_state(model)
+    ids = json.dumps([[row["input_ids"], row["labels"]] for row in encoded])
+    return {
+        "template": get_template(tokenizer).name,
+        "bos": tokenizer.bos_token
+        if encoded[0]["input_ids"][0] == tokenizer.bos_token_id
+        else None,
+        "model": model_name(model),
+        "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
+        "adapter": state,
+        "weights": weights,
+        "data_sha256": hashlib.sha256(ids.encode()).hexdigest(),
+    }
+
+
+def facts_found(answers: Generations, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the answers that contain the fact asked for, whatever the case and line breaks.
+
+    Args:
+        answers: What `generate` gave for `rows`, in their order.
+        rows: Rows with `instruction` and `answer_contains`.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        DataError: Answers and rows do not belong together, or a row names no fact.
+    """
+    asked = [answer.prompt for answer in answers]
+    if asked != [row["instruction"] for row in rows]:
+        raise DataError(
+            f"{len(asked)} answers and {len(rows)} rows do not belong together: an answer would be "
+            "compared with another question's fact. Pass the rows that the answers were made from."
+        )
+    missing = [i for i, row in enumerate(rows, 1) if not _plain(row.get("answer_contains") or "")]
+    if missing:
+        raise DataError(
+            f"Rows {missing[:10]} have no `answer_contains`, so what a right answer holds is not "
+            "known. Give every row the text that its answer must contain."
+        )
+    return sum(
+        _plain(row["answer_contains"]) in _plain(answer.text)
+        for answer, row in zip(answers, rows, strict=True)
+    ) / len(asked)
+
+
+def _plain(text: str) -> str:
+    """Without case, and every run of white space one space."""
+    return " ".join(text.casefold().split())
+
+
+def _progress(batches: list[list[int]]) -> Iterable[list[int]]:
+    """A progress bar over two batches or more."""
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="score", unit="batch", leave=False, disable=len(batches) < 2)

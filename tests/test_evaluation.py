@@ -1,0 +1,241 @@
+"""Scores: the right tokens, weighted by tokens; the right model, left as it was."""
+
+import logging
+
+import pytest
+import torch
+
+from lwf_unsloth import evaluation
+from lwf_unsloth.answers import Answer, Generations
+from lwf_unsloth.decoding import Decoding
+from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.evaluation import Score, facts_found, score
+from lwf_unsloth.records import encode_row
+from lwf_unsloth.teacher import OwnTeacher, trained_tensors
+
+UNEQUAL = [
+    {"instruction": "Say yes.", "input": "", "output": "Yes."},
+    {"instruction": "Count.", "input": "to nine", "output": "1 2 3 4 5 6 7 8 9 " * 6},
+    {"instruction": "Where is the fox?", "input": "", "output": "Near the river bank, over there."},
+]
+TEXTS = [{"text": "The quick brown fox jumps over the lazy dog."}, {"text": "Sleep is important."}]
+
+
+def change_adapter(model, seed=1):
+    """An adapter that has learned something: LoRA's second factor away from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+
+
+def reference(model, tokenizer, rows, train_on="response"):
+    """(tokens, nll, base nll, kl) by hand: one row at a time, full logits, fp64."""
+    sums = []
+    for row in rows:
+        encoded = encode_row(tokenizer, row, max_length=512, train_on=train_on)
+        ids = torch.tensor([encoded.input_ids])
+        logs = []
+        for context in (torch.no_grad(), model.disable_adapter()):
+            with torch.no_grad(), context:
+                logs.append(model(input_ids=ids).logits[0, :-1].double().log_softmax(-1))
+        tuned, base = logs
+        places = [i for i, label in enumerate(encoded.labels[1:]) if label != -100]
+        labels = ids[0, 1:][places]
+        kl = (base.exp() * (base - tuned)).sum(-1)[places].sum()
+        nll = [-log[places].gather(1, labels[:, None]).sum() for log in (tuned, base)]
+        sums.append([len(places), *(x.item() for x in (*nll, kl))])
+    return [list(part) for part in zip(*sums, strict=True)]
+
+
+@pytest.mark.parametrize("response_only", [True, False])
+def test_score_equals_a_naive_reference_in_fp64(tiny_peft, response_only):
+    model, tokenizer = tiny_peft()
+    change_adapter(model)
+    rows = UNEQUAL + TEXTS
+    train_on = "response" if response_only else "all"
+    tokens, nll, base_nll, kl = reference(model, tokenizer, rows, train_on)
+    found = score(model, tokenizer, rows, response_only=response_only, batch_size=2)
+    assert list(found.row_tokens) == tokens
+    assert found.row_nll == pytest.approx(nll, rel=1e-5)
+    assert found.row_base_nll == pytest.approx(base_nll, rel=1e-5)
+    assert found.row_kl == pytest.approx(kl, rel=1e-4)
+    assert found.nll == pytest.approx(sum(nll) / sum(tokens), rel=1e-5)
+    assert found.kl == pytest.approx(sum(kl) / sum(tokens), rel=1e-4)
+    assert found.rise == pytest.approx((sum(nll) - sum(base_nll)) / sum(tokens), rel=1e-3)
+
+
+def test_an_untrained_adapter_scores_exactly_as_the_base(tiny_peft):
+    model, tokenizer = tiny_peft()
+    found = score(model, tokenizer, UNEQUAL)
+    assert found.kl == 0
+    assert found.row_nll == found.row_base_nll
+
+
+def test_the_base_score_does_not_see_the_adapter(tiny_peft):
+    model, tokenizer = tiny_peft()
+    untrained = score(model, tokenizer, UNEQUAL)
+    change_adapter(model)
+    trained = score(model, tokenizer, UNEQUAL)
+    assert trained.row_base_nll == untrained.row_base_nll
+    assert trained.row_nll != untrained.row_nll
+    assert trained.kl > 0
+
+
+def test_the_batch_size_and_the_order_of_rows_do_not_change_a_row(tiny_peft):
+    model, tokenizer = tiny_peft()
+    change_adapter(model)
+    one, all_at_once = (score(model, tokenizer, UNEQUAL, batch_size=n) for n in (1, 8))
+    backwards = score(model, tokenizer, UNEQUAL[::-1], batch_size=2)
+    for name in ("row_nll", "row_base_nll", "row_kl"):
+        assert getattr(one, name) == pytest.approx(getattr(all_at_once, name), rel=1e-5)
+        assert getattr(one, name) == pytest.approx(getattr(backwards, name)[::-1], rel=1e-5)
+
+
+def test_the_mean_is_over_tokens_and_not_over_rows():
+    found = Score((1, 9), (2.0, 0.0), (1.0, 0.0), (0.5, 0.5))
+    assert (found.nll, found.base_nll, found.kl, found.tokens) == (0.2, 0.1, 0.1, 10)
+
+
+def test_without_a_base_only_the_tuned_model_is_measured(tiny_peft):
+    model, tokenizer = tiny_peft()
+    change_adapter(model)
+    alone = score(model, tokenizer, UNEQUAL, base=None)
+    assert (alone.base_nll, alone.kl, alone.rise) == (None, None, None)
+    assert alone.row_nll == pytest.approx(score(model, tokenizer, UNEQUAL).row_nll, rel=1e-6)
+
+
+def test_a_teacher_given_is_the_base(tiny_peft):
+    model, tokenizer = tiny_peft()
+    change_adapter(model, seed=1)
+    earlier = score(model, tokenizer, UNEQUAL, base=None)
+    snapshot = OwnTeacher(model, trained_tensors(model))
+    change_adapter(model, seed=2)
+    now = score(model, tokenizer, UNEQUAL, base=snapshot)
+    assert now.row_base_nll == pytest.approx(earlier.row_nll, rel=1e-6)
+    assert now.kl > 0
+    assert now.settings["base"] == "snapshot"
+
+
+def test_scoring_leaves_the_model_as_it_was(tiny_peft):
+    model, tokenizer = tiny_peft(use_gradient_checkpointing=True)
+    change_adapter(model)
+
+    def state():
+        modules = [(m.training, vars(m).get("gradient_checkpointing")) for m in model.modules()]
+        grads = [(p.requires_grad, p.grad is None) for p in model.parameters()]
+        return (
+            modules,
+            grads,
+            model.config.use_cache,
+            tokenizer.padding_side,
+            torch.is_grad_enabled(),
+        )
+
+    for mode in (True, False):
+        model.train(mode)
+        before = state()
+        score(model, tokenizer, UNEQUAL)
+        assert state() == before
+
+
+def test_the_model_is_left_as_it_was_after_an_error(tiny_peft, monkeypatch):
+    model, tokenizer = tiny_peft()
+    model.eval()
+    monkeypatch.setattr(evaluation, "lwf_loss", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(model, tokenizer, UNEQUAL)
+    assert not any(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_rows_times_vocabulary_never_live(tiny_peft, monkeypatch):
+    model, tokenizer = tiny_peft()
+    monkeypatch.setattr(evaluation, "model_logits", lambda *a: pytest.fail("full logits"))
+    score(model, tokenizer, UNEQUAL)
+
+
+def test_full_logits_of_an_unknown_head_give_the_same_numbers(tiny_peft, monkeypatch):
+    model, tokenizer = tiny_peft()
+    change_adapter(model)
+    usual = score(model, tokenizer, UNEQUAL)
+    monkeypatch.setattr(
+        evaluation.Objective,
+        "of",
+        classmethod(lambda cls, model, teacher, probe: cls(None, teacher)),
+    )
+    full = score(model, tokenizer, UNEQUAL)
+    for name in ("row_nll", "row_base_nll", "row_kl"):
+        assert getattr(full, name) == pytest.approx(getattr(usual, name), rel=1e-4)
+
+
+def test_dropout_has_no_effect_on_a_score(tiny_peft):
+    model, tokenizer = tiny_peft(lora_dropout=0.5)
+    change_adapter(model)
+    model.train()
+    first, second = (score(model, tokenizer, UNEQUAL) for _ in range(2))
+    assert first.row_nll == second.row_nll
+
+
+def test_rows_without_a_token_to_score_are_told_and_cut_rows_counted(tiny_peft, caplog):
+    model, tokenizer = tiny_peft()
+    rows = [*UNEQUAL, {"instruction": "long " * 200, "input": "", "output": "never seen"}]
+    with caplog.at_level(logging.WARNING, "lwf_unsloth.evaluation"):
+        found = score(model, tokenizer, rows, max_length=150)
+    assert (found.rows, found.settings["dropped"]) == (3, 1)
+    assert "(4)" in caplog.text
+    with pytest.raises(DataError, match="max_length"):
+        score(model, tokenizer, rows[3:], max_length=100)
+
+
+def test_what_decides_the_numbers_is_recorded(tiny_peft):
+    model, tokenizer = tiny_peft()
+    settings = score(model, tokenizer, UNEQUAL).to_dict()["settings"]
+    assert settings["template"] == "alpaca"
+    assert settings["bos"] == "<s>"
+    assert settings["dtype"] == "float32"
+    assert settings["scored"] == "response"
+    assert settings["adapter"] == "untrained"
+    change_adapter(model)
+    changed = score(model, tokenizer, UNEQUAL[:2]).to_dict()["settings"]
+    assert changed["weights"] != settings["weights"]
+    assert changed["data_sha256"] != settings["data_sha256"]
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": True}, {"base": "none"}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        score(None, None, UNEQUAL, **wrong)
+
+
+def answered(*pairs):
+    answers = tuple(Answer(prompt, text, "eos", 3) for prompt, text in pairs)
+    return Generations(answers, Decoding())
+
+
+ROWS = [
+    {"instruction": "Where?", "answer_contains": "Brindle Street"},
+    {"instruction": "Who?", "answer_contains": "Odessa Plum"},
+    {"instruction": "When?", "answer_contains": "1898"},
+]
+
+
+def test_a_fact_is_found_whatever_its_case_and_line_breaks():
+    answers = answered(
+        ("Where?", "At BRINDLE\nstreet 14."), ("Who?", "Plum"), ("When?", "In 1898.")
+    )
+    assert facts_found(answers, ROWS) == pytest.approx(2 / 3)
+
+
+def test_answers_to_other_questions_are_not_compared():
+    with pytest.raises(DataError, match="belong together"):
+        facts_found(answered(("Who?", "x"), ("Where?", "y"), ("When?", "z")), ROWS)
+    with pytest.raises(DataError, match="belong together"):
+        facts_found(answered(("Where?", "x")), ROWS)
+
+
+def test_a_row_without_its_fact_is_named():
+    rows = [{**ROWS[0]}, {"instruction": "Who?", "answer_contains": " "}]
+    with pytest.raises(DataError, match=r"\[2\]"):
+        facts_found(answered(("Where?", "x"), ("Who?", "y")), rows)
