@@ -44,9 +44,11 @@ _HOME = {
     "load_model": "model",
     "load_text": "alpaca",
     "lwf_loss": "losses",
-    "merge_model": "model",
+    "merge_model": "merging",
     "mix_rehearsal": "rehearsal",
-    "save_adapter": "model",
+    "sample_path": "samples",
+    "save_adapter": "adapters",
+    "score": "evaluation",
     "set_template": "records",
 }
 """Public name -> the module of this package that defines it."""

@@ -7,7 +7,7 @@ from typing import Any
 from lwf_unsloth.alpaca import encode_rows
 from lwf_unsloth.batches import prompt_length
 from lwf_unsloth.errors import DataError
-from lwf_unsloth.rehearsal import rehearsal_count
+from lwf_unsloth.rehearsal import drop_overlap, rehearsal_count
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +72,20 @@ class RowEncoder:
         return encoded
 
     def evaluation(self, rows: Any) -> Any:
-        """Held-out rows, or a dict of named sets of them, encoded."""
+        """Held-out rows, or a dict of named sets of them, encoded; None where there are none."""
         if isinstance(rows, dict):
-            return {name: self(part, f"eval_dataset[{name!r}]") for name, part in rows.items()}
-        return self(rows, "eval_dataset")
+            named = {name: self(part, f"eval_dataset[{name!r}]") for name, part in filled(rows)}
+            return named or None
+        return None if rows is None or len(rows) == 0 else self(rows, "eval_dataset")
 
-    def training(self, task: Any, rehearsal: Any, ratio: float) -> TrainRows:
+    def training(self, task: Any, rehearsal: Any, ratio: float, held_out: Any = None) -> TrainRows:
         """Task and rehearsal rows joined.
 
         Args:
             task: Task rows.
             rehearsal: Rehearsal rows, or None where none take part.
             ratio: Share of rehearsal rows in the mix.
+            held_out: Evaluation rows: rehearsal rows with the same text are left out, and told.
 
         Raises:
             DataError: A set is missing or empty, or yields no labels.
@@ -98,7 +100,7 @@ class RowEncoder:
         rows = self(task, "train_dataset")
         if rehearsal is None or ratio == 0:
             return TrainRows(rows, len(rows), 0)
-        pool = self(rehearsal, "rehearsal_dataset", True)
+        pool = self(without(rehearsal, held_out), "rehearsal_dataset", True)
         needed = rehearsal_count(len(rows), ratio)
         counts = (len(rows), needed, 100 * ratio, len(pool))
         logger.info("An epoch has %d task rows and %d rehearsal rows (%.0f %%), from %d.", *counts)
@@ -107,6 +109,32 @@ class RowEncoder:
                 "Rehearsal rows repeat in an epoch: %d drawn from %d.", needed, len(pool)
             )
         return TrainRows(concatenate_datasets([rows, pool]), len(rows), len(pool))
+
+
+def filled(sets: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The named sets that hold rows."""
+    return [(name, rows) for name, rows in sets.items() if rows is not None and len(rows)]
+
+
+def without(rehearsal: Any, held_out: Any) -> Any:
+    """Rehearsal rows less those that are held out for evaluation; says how many."""
+    sets = [rows for _, rows in filled(held_out if isinstance(held_out, dict) else {"": held_out})]
+    for rows in sets:
+        if not len(rehearsal) or any(_is_encoded(some) for some in (rows, rehearsal)):
+            continue
+        rehearsal, dropped = drop_overlap(rehearsal, rows)
+        if dropped:
+            logger.warning(
+                "%d rehearsal rows are left out, since they are in eval_dataset too (rows %s).",
+                len(dropped),
+                ", ".join(map(str, dropped[:10])),
+            )
+    return rehearsal
+
+
+def _is_encoded(rows: Any) -> bool:
+    names = rows[0].keys() if isinstance(rows, list) else getattr(rows, "column_names", ())
+    return set(names) >= ENCODED
 
 
 def _encoded(rows: Any, is_rehearsal: bool) -> Any:

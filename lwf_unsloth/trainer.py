@@ -89,14 +89,16 @@ class LwFTrainer(SFTTrainer):
             args.label_smoothing_factor = 0.0
         self._encode = RowEncoder(processing_class, args.max_length, args.train_on)
         rehearsal = None if self.lwf_rows == "none" else rehearsal_dataset
-        self.rows = self._encode.training(train_dataset, rehearsal, args.rehearsal_ratio)
+        self.rows = self._encode.training(
+            train_dataset, rehearsal, args.rehearsal_ratio, eval_dataset
+        )
         precise = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
             args=args,
             processing_class=processing_class,
             train_dataset=self.rows.dataset,
-            eval_dataset=None if eval_dataset is None else self._encode.evaluation(eval_dataset),
+            eval_dataset=self._encode.evaluation(eval_dataset),
             data_collator=LwFCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
             **kwargs,
         )

@@ -470,6 +470,21 @@ def test_text_rows_as_rehearsal_give_no_word_about_stopping(
     assert trainer.state.log_history[-2]["kl_rehearsal"] > 0
 
 
+def test_rehearsal_rows_that_are_held_out_are_left_out_and_told(make_trainer, alpaca_rows, caplog):
+    held_out = Dataset.from_list(alpaca_rows(2, "keep"))
+    with caplog.at_level(logging.WARNING, logger="lwf_unsloth"):
+        trainer = make_trainer(rehearsal=6, eval_dataset=held_out)
+    assert trainer.rows.n_rehearsal == 4
+    assert "2 rehearsal rows are left out" in caplog.text
+
+
+def test_an_empty_eval_set_is_no_eval_set(make_trainer, alpaca_rows):
+    empty = Dataset.from_list(alpaca_rows(1)).select([])
+    trainer = make_trainer(eval_dataset=empty)
+    trainer.train()
+    assert trainer.eval_dataset is None
+
+
 def test_a_half_written_checkpoint_is_passed_over(make_trainer, tmp_path, caplog):
     from lwf_unsloth.checkpoints import latest_checkpoint
 
