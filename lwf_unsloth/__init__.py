@@ -8,15 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters import save_adapter
     from .alpaca import AlpacaData, LoadReport, load_alpaca, load_text
     from .comparison import Comparison, compare
     from .config import LwFConfig, ModelConfig
     from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
+    from .evaluation import score
     from .generation import DEMO_PROMPTS, generate
     from .losses import Head, lwf_loss
-    from .model import default_model, load_adapter, load_model, merge_model, save_adapter
+    from .merging import merge_model
+    from .model import default_model, load_adapter, load_model
     from .records import PromptTemplate, set_template
     from .rehearsal import mix_rehearsal
+    from .samples import sample_path
     from .trainer import LwFTrainer
 
 __version__ = "0.1.0"

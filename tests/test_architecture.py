@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ PACKAGE = ROOT / "lwf_unsloth"
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
 errors backend config
-load_report formats rows sources templates codec records alpaca rehearsal
-loss_kernels loss_rows loss_pass losses hidden schedules
-gguf_tokenizer embedded model preflight
-teacher batches checkpoints objective meters prechecks train_data trainer
-locks decoding answers generation
-self_rehearsal comparison evaluation sweep plots widgets demo cli __main__
+load_report formats rows selection sources templates codec records alpaca rehearsal
+loss_terms loss_triton loss_kernels loss_rows loss_pass losses hidden schedules
+gguf_tokenizer embedded bases model_files loaded model_card adapters merging model preflight
+locks teacher batches checkpoints objective meters prechecks train_data trainer
+decoding answers generation
+self_rehearsal markup comparison evaluation sweep plots widgets
+train_file demo_view demo_data demo cli __main__
 """.split()
 ABOVE_ALL = {"lwf_unsloth"}  # the lazy __init__: the version may be read from it
 
@@ -118,6 +120,14 @@ def test_a_file_imports_only_files_above_it(name: str) -> None:
 def test_a_library_stays_behind_its_border(library: str) -> None:
     users = {name for name, tree in MODULES.items() if library in outside_imports(tree)}
     assert users <= BORDERS[library], f"{library} is imported in {sorted(users - BORDERS[library])}"
+
+
+def test_every_imported_library_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    declared = {re.split(r"[<>=\[ ]", line)[0].lower() for line in lines} | {"triton"}  # by torch
+    used = {lib for tree in MODULES.values() for lib in outside_imports(tree)}
+    assert {{"yaml": "pyyaml"}.get(lib, lib) for lib in used} <= declared
 
 
 def test_the_loss_imports_torch_alone() -> None:
