@@ -8,6 +8,7 @@ is needed.
 from pathlib import Path
 from typing import Any
 
+from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ModelError
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -54,6 +55,7 @@ def build_tokenizer(tables: dict[str, Any], *, pad_token: str | None = None) -> 
     Raises:
         ModelError: A kind of tokenizer that is not known here, or pad would equal EOS.
     """
+    prepare()
     from transformers import PreTrainedTokenizerFast
 
     kind = tables["model"]

@@ -185,12 +185,10 @@ def test_a_folder_from_elsewhere_cannot_switch_remote_code_on(copy, tiny_model_d
     from lwf_unsloth.adapters import read_adapter
 
     record = json.loads((copy / "lwf.json").read_text())
-    record["loaded"]["settings"] |= {
-        "trust_remote_code": True,
-        "device_map": "cuda:7",
-        "token": "x",
-    }
-    (copy / "lwf.json").write_text(json.dumps(record))
+    record["loaded"]["settings"] |= {"device_map": "cuda:7", "token": "x"}
+    text = json.dumps(record).replace(": false", ": true")
+    assert '"trust_remote_code": true' in text
+    (copy / "lwf.json").write_text(text)
     config = read_adapter(copy).base_config(str(tiny_model_dir))
     assert (config.trust_remote_code, config.device_map, config.token) == (False, None, None)
     assert config.dtype == "float32"
