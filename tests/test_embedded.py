@@ -115,7 +115,7 @@ def test_every_digit_stands_alone(byte_level):
 
 
 def naive_sentencepiece(text: str, tables: dict) -> list[str]:
-    """SentencePiece BPE as its definition says: join the best-scored neighbours, again and again."""
+    """SentencePiece BPE by its definition: join the best-scored neighbours, again and again."""
     normal = {
         token: score
         for token, score, kind in zip(
