@@ -98,14 +98,16 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, str]]:
     rows = []
     for number, prompt in enumerate(prompts):
         row = {"instruction": prompt} if isinstance(prompt, str) else prompt
-        instruction = row.get("instruction") if isinstance(row, Mapping) else None
-        if not isinstance(instruction, str) or not instruction.strip():
+        row = row if isinstance(row, Mapping) else {}
+        instruction, given = row.get("instruction"), row.get("input")
+        given = "" if given is None else given
+        if not (isinstance(instruction, str) and instruction.strip() and isinstance(given, str)):
             raise DataError(
                 f"Prompt {number} is {prompt!r:.120}, but a prompt must be a text or a row with a "
-                "non-empty `instruction` (and optionally `input`): there is nothing to answer. "
-                "Drop or fill it."
+                "non-empty text `instruction` (and optionally a text `input`): there is nothing to "
+                "answer. Drop or fill it."
             )
-        rows.append((instruction, row.get("input") or ""))
+        rows.append((instruction, given))
     if not rows:
         raise DataError("The list of prompts is empty: give at least one, e.g. DEMO_PROMPTS.")
     return rows
@@ -269,10 +271,12 @@ def adapter_state(model: Any) -> tuple[str, str]:
 
 
 def model_name(model: Any) -> str:
-    """Name of the model for captions: a hub id, or the name of a folder."""
+    """Name of the model for captions: hub id or folder name, with its bits where known."""
     loaded = getattr(model, "lwf_loaded", None)
+    if loaded is not None:
+        return f"{loaded.base}, {loaded.bits}-bit"
     config = getattr(innermost(model), "config", None)
-    name = str(getattr(loaded, "base", None) or getattr(config, "_name_or_path", "") or "")
+    name = str(getattr(config, "_name_or_path", "") or "")
     return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
 
 

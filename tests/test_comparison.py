@@ -27,7 +27,9 @@ NASTY = [
     '"double" \'single\' ="x" onmouseover=',
     "/etc/passwd",
     "first\r\nsecond",
-    "日本語の答え。🙂 👨‍👩‍👧 می‌خواهم",
+    "<i>early\r</i> &amp; late",
+    "日本語の答え。🙂 \U0001f468\u200d\U0001f469\u200d\U0001f467",  # joined by zero-width joiners
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian with a zero-width non-joiner
     "{instruction} {{x}} %s %d {0}",
     "x" * 50_000,
 ]

@@ -359,6 +359,7 @@ def test_the_real_model_answers_in_a_batch_as_one_by_one(tiny_peft):
     assert list(batched) == list(alone)
     off = generate(model, tokenizer, PROMPTS, max_new_tokens=12, adapter=False)
     assert texts(off) != texts(batched)
+    assert off.model == "tiny-llama, 4-bit"
 
 
 def test_another_thread_is_refused_while_the_model_is_in_use(peft_model, tiny_tokenizer):
@@ -417,7 +418,16 @@ def test_an_answer_that_does_not_fit_the_context_is_refused_with_the_number_that
 
 
 @pytest.mark.parametrize(
-    "prompts", [[], [""], ["ok", "  "], [{"input": "x"}], [{"instruction": None}], [3]]
+    "prompts",
+    [
+        [],
+        [""],
+        ["ok", "  "],
+        [{"input": "x"}],
+        [{"instruction": None}],
+        [3],
+        [{"instruction": "a", "input": float("nan")}],
+    ],
 )
 def test_a_prompt_without_an_instruction_is_refused(prompts):
     with pytest.raises(DataError):
