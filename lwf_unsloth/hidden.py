@@ -23,22 +23,18 @@ logger = logging.getLogger(__name__)
 def unwrap(model: Any) -> Any:
     """The model under DDP's or compile's wrapper, PEFT kept."""
     while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module) or isinstance(model, _peft_class()):
+        children = vars(model).get("_modules", {})
+        inner = children.get("module") or children.get("_orig_mod")
+        if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def _peft_class() -> type:
-    from peft import PeftModel
-
-    return PeftModel
 
 
 def causal_lm(model: Any) -> Any:
     """The transformers causal LM under every wrapper."""
     model = unwrap(model)
-    return model.get_base_model() if isinstance(model, _peft_class()) else model
+    get_base = getattr(model, "get_base_model", None)
+    return model if get_base is None else get_base()
 
 
 def output_head(model: Any) -> Head | None:

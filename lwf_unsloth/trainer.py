@@ -110,7 +110,8 @@ class LwFTrainer(SFTTrainer):
 
     def _start(self, teacher: nn.Module | None) -> None:
         """Teacher, head and counters; and what the user must know before the first step."""
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or not self.plain
+        if not self.plain:
+            self.model_accepts_loss_kwargs = True  # the loss is divided here, not by the Trainer
         self._counts: Tensor | None = None
         self._meters = {"train": Meter(), "eval": Meter()}
         given = make_teacher(self.model, teacher) if self.args.lwf_lambda > 0 else None
@@ -336,8 +337,9 @@ class LwFTrainer(SFTTrainer):
 def _restore_precision(model: nn.Module, before: dict[str, Tensor]) -> None:
     """Gives trained tensors their dtype back.
 
-    TRL casts the adapters of a 4-bit model to bf16, where a rate of 2e-4 loses most small updates and a
-    T4 has no arithmetic; Unsloth's CUDA path leaves them in fp32, and so does this on every device.
+    TRL casts the adapters of a 4-bit model to bf16, where a rate of 2e-4 loses most small updates
+    and a T4 has no arithmetic; Unsloth's CUDA path leaves them in fp32, and so does this on every
+    device.
     """
     for name, parameter in model.named_parameters():
         if name in before and parameter.dtype != before[name].dtype:
