@@ -1,0 +1,238 @@
+"""The command line: demo, template, train, compare, evaluate, doctor.
+
+Each command is a few calls of the library. Heavy imports live inside the commands, so that `--help`
+is instant.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lwf_unsloth.errors import ConfigError, DataError, LwfError
+
+app = typer.Typer(
+    name="lwf-unsloth",
+    help="Fine-tune a 4-bit model on Alpaca-format data and keep what it knew.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TRAIN_HELP = """Train as a YAML file says.
+
+\b
+model:                       # ModelConfig
+  model_name: smollm2-135m-instruct
+training:                    # LwFConfig
+  output_dir: runs/mine
+  lwf_lambda: 2.0
+data:
+  task: my_task.jsonl        # what load_alpaca takes; a list with shares: [0.8, 0.2]
+  rehearsal: general.jsonl   # Alpaca rows; or rehearsal_text: passages.jsonl
+"""
+"""\\b keeps the lines below it as they are."""
+
+Adapter = Annotated[Path, typer.Argument(help="Folder of a saved adapter.", show_default=False)]
+Base = Annotated[
+    str | None, typer.Option(help="Where the adapter's base model is, if it was a folder.")
+]
+Tokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows at a time: speed and memory.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and every log line.")] = False,
+) -> None:
+    """Sets logging up; the library itself never does."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO if debug else logging.WARNING)
+    logging.getLogger("lwf_unsloth").setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path(
+        "runs/demo"
+    ),
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder or embedded name.", show_default="by machine")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 42,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 110,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Ask only so many.", show_default="all")
+    ] = None,
+    lambda0: Annotated[
+        bool, typer.Option(help="After the report, also train without KL and rehearsal.")
+    ] = True,
+) -> None:
+    """Teach a small model an invented FAQ: before and after."""
+    from lwf_unsloth.demo import run_demo
+
+    run_demo(output, model, seed=seed, steps=steps, questions=questions, lambda0=lambda0)
+
+
+@app.command()
+def template() -> None:
+    """Print a JSONL file to start your own from."""
+    from lwf_unsloth.alpaca import template_jsonl
+
+    sys.stdout.write(template_jsonl())
+
+
+@app.command(help=TRAIN_HELP)
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file.", show_default=False)],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
+) -> None:
+    """Trains as a YAML file says."""
+    from lwf_unsloth.train_file import read_train_file, train_from
+
+    typer.echo(f"The adapter: {train_from(read_train_file(config), resume=resume)}")
+
+
+@app.command()
+def compare(
+    adapter: Adapter,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSONL or JSON of rows with instruction, or text, a prompt a line."),
+    ] = None,
+    base: Base = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the comparison.")
+    ] = Path("runs/compare"),
+    max_new_tokens: Tokens = 256,
+    batch_size: Batch = 8,
+) -> None:
+    """Show answers of base and adapter side by side."""
+    from rich.console import Console
+
+    rows = None if prompts is None else read_prompt_file(prompts)
+    from lwf_unsloth.comparison import compare as compared
+    from lwf_unsloth.demo_view import answer_table
+    from lwf_unsloth.generation import DEMO_PROMPTS, generate
+    from lwf_unsloth.model import load_adapter
+
+    model, tokenizer = load_adapter(adapter, base=base)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    asked = DEMO_PROMPTS if rows is None else rows
+    before = generate(model, tokenizer, asked, adapter=False, label="base", **settings)
+    after = generate(model, tokenizer, asked, label="tuned", **settings)
+    result = compared(before, after)
+    folder = result.save(output)
+    Console().print(answer_table(result.rows[:6], *result.labels))
+    typer.echo(f"{result}\nAll answers: {folder / 'comparison.html'} (and .md, .json)")
+
+
+@app.command()
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[str, typer.Argument(help="Alpaca rows: file or hub id.", show_default=False)],
+    base: Base = None,
+    text: Annotated[bool, typer.Option("--text", help="The data are plain passages.")] = False,
+    prompt_too: Annotated[
+        bool, typer.Option("--prompt-too", help="Score the prompt's tokens too.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 512,
+    batch_size: Batch = 8,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the numbers to this file.")
+    ] = None,
+) -> None:
+    """Score base and adapter on a data file: NLL and KL."""
+    from lwf_unsloth.alpaca import load_alpaca, load_text
+
+    rows = (load_text if text else load_alpaca)(data, test_size=None, limit=limit)["train"]
+    from lwf_unsloth.evaluation import score
+    from lwf_unsloth.model import load_adapter
+
+    model, tokenizer = load_adapter(adapter, base=base)
+    found = score(
+        model,
+        tokenizer,
+        rows,
+        max_length=max_length,
+        batch_size=batch_size,
+        response_only=not prompt_too,
+    )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    typer.echo(str(found))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, device, and what is known to fail."""
+    from lwf_unsloth.backend import BAD_PAIRS, PACKAGES, device_name, native_bf16, prepare, versions
+
+    found = versions()
+    typer.echo(f"Python {sys.version.split()[0]}, {sys.platform}")
+    for name in PACKAGES:
+        typer.echo(f"{name:14} {found[name]}")
+    missing = [name for name in PACKAGES[1:] if found[name] == "-"]  # the first is this package
+    if missing:
+        raise ConfigError(
+            f"Not installed: {', '.join(missing)}. Nothing trains without them. Run "
+            "`bash colab_setup.sh` in the project's folder."
+        )
+    prepare()
+    typer.echo(f"{'device':14} {device_name()}")
+    typer.echo(f"{'bf16':14} {'native' if native_bf16() else 'no (fp16 or fp32 is taken)'}")
+    for torch_version, switches in BAD_PAIRS.items():
+        if found["torch"].startswith(f"{torch_version}."):
+            typer.echo(
+                f"torch {torch_version} is known to fail with Unsloth; set for it: {switches}"
+            )
+    typer.echo("No problem found.")
+
+
+def read_prompt_file(path: Path) -> list[dict[str, str] | str]:
+    """Prompts of a file: JSON or JSONL of rows with `instruction`, else a prompt a line.
+
+    Raises:
+        DataError: It cannot be read, or holds no prompt.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            return list(json.loads(text))
+        lines = [line for line in text.splitlines() if line.strip()]
+        rows: list[Any] = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} could not be read as prompts: {error}. Give JSON or JSONL of rows with "
+            "`instruction` (and `input`), or a text file with a prompt a line."
+        ) from error
+    if not rows:
+        raise DataError(f"{path} holds no prompt: there is nothing to answer.")
+    return rows
+
+
+def main() -> None:
+    """Runs a command; an error of ours is a message and exit code 2, without a traceback."""
+    given = sys.argv[1:]
+    debug = "--debug" in given
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # answers may hold any character, terminals may not
+            stream.reconfigure(errors="replace")
+    try:
+        # The switch may stand anywhere, also after the command.
+        app(args=["--debug"] * debug + [word for word in given if word != "--debug"])
+    except (LwfError, ImportError) as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {error}\n(--debug shows where it happened.)", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

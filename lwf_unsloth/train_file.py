@@ -1,0 +1,145 @@
+"""A training run as a YAML file: model, training and data, every key known before any work."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lwf_unsloth.errors import ConfigError
+
+SECTIONS = ("model", "training", "data")
+TASK_KEYS = ("shares", "columns", "limit", "test_size", "seed", "split")
+REHEARSAL_KEYS = ("rehearsal", "rehearsal_text")
+FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+@dataclass(frozen=True)
+class TrainFile:
+    """The three sections of a training file, their keys known."""
+
+    path: Path
+    model: dict[str, Any]
+    """Arguments of `ModelConfig`; empty takes the default model."""
+    training: dict[str, Any]
+    """Arguments of `LwFConfig`."""
+    data: dict[str, Any]
+    """`task`, `rehearsal` or `rehearsal_text`, and arguments of `load_alpaca` for the task."""
+
+
+def read_train_file(path: str | Path) -> TrainFile:
+    """Reads a training file; no model library is loaded for it.
+
+    Args:
+        path: A YAML file with the sections `model`, `training` and `data`.
+
+    Raises:
+        ConfigError: Not readable, not YAML, or sections and data keys that are not known.
+    """
+    path = Path(path)
+    values = _yaml(path)
+    found = values if isinstance(values, dict) else {}
+    if not found or not all(isinstance(part, dict) for part in found.values()):
+        raise ConfigError(
+            f"{path} holds {type(values).__name__}; it needs the sections {', '.join(SECTIONS)}, "
+            "each with settings under it: without them it does not say what to train. "
+            "`lwf-unsloth train --help` shows an example."
+        )
+    _refuse_unknown(path, "sections", found, SECTIONS)
+    file = TrainFile(path, *(dict(found.get(name, {})) for name in SECTIONS))
+    _refuse_unknown(path, "data", file.data, ("task", *REHEARSAL_KEYS, *TASK_KEYS))
+    if not file.data.get("task"):
+        raise ConfigError(f"{path} has no data.task: there is nothing to learn. Name a source.")
+    if all(file.data.get(key) for key in REHEARSAL_KEYS):
+        raise ConfigError(
+            f"{path} has data.rehearsal and data.rehearsal_text; one pool is rehearsed, so only "
+            "one of them would act. Keep Alpaca rows (rehearsal) or passages (rehearsal_text)."
+        )
+    return file
+
+
+def train_from(file: TrainFile, *, resume: bool = False) -> Path:
+    """Trains as the file says and saves the adapter.
+
+    Args:
+        file: From `read_train_file`.
+        resume: Go on from the newest whole checkpoint of its output_dir, if there is one.
+
+    Returns:
+        The adapter's folder, `adapter` in the run's output_dir.
+
+    Raises:
+        LwfError: Unknown or wrong settings, bad data, a model that cannot be loaded.
+    """
+    from lwf_unsloth.alpaca import load_alpaca, load_text
+    from lwf_unsloth.config import LwFConfig, ModelConfig
+
+    _refuse_unknown(file.path, "model", file.model, (f.name for f in fields(ModelConfig)))
+    _refuse_unknown(
+        file.path, "training", file.training, (f.name for f in fields(LwFConfig) if f.init)
+    )
+    args = LwFConfig(**{"output_dir": f"runs/{file.path.stem}", **file.training})
+    settings = {key: file.data[key] for key in TASK_KEYS if key in file.data}
+    task = load_alpaca(file.data["task"], **settings)
+    rehearsal = None
+    if file.data.get("rehearsal"):
+        rehearsal = load_alpaca(file.data["rehearsal"], test_size=None)["train"]
+    elif file.data.get("rehearsal_text"):
+        rehearsal = load_text(file.data["rehearsal_text"], test_size=None)["train"]
+    return _run(file, args, task, rehearsal, resume)
+
+
+def _run(file: TrainFile, args: Any, task: Any, rehearsal: Any, resume: bool) -> Path:
+    """Loads the model, trains, saves."""
+    from lwf_unsloth.adapters import save_adapter
+    from lwf_unsloth.config import ModelConfig
+    from lwf_unsloth.model import default_model, load_model
+    from lwf_unsloth.trainer import LwFTrainer
+
+    model, tokenizer = load_model(ModelConfig(**file.model) if file.model else default_model())
+    trainer = LwFTrainer(
+        model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=task["train"],
+        eval_dataset=task["test"] if len(task["test"]) else None,
+        rehearsal_dataset=rehearsal,
+    )
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    rows = {"task": len(task["train"]), "rehearsal": 0 if rehearsal is None else len(rehearsal)}
+    card = {"settings": trainer.args.lwf_settings(), "rows": rows}
+    return save_adapter(model, tokenizer, Path(args.output_dir) / "adapter", card=card)
+
+
+def _yaml(path: Path) -> Any:
+    """The file's values; 2e-4 is a number, as in YAML 1.2 (PyYAML alone reads it as text)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Safe, with its own table of what looks like a number."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: list(rules) for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} could not be read as YAML ({error}), so it does not say what to train."
+        ) from error
+
+
+def _refuse_unknown(path: Path, where: str, values: Iterable[Any], known: Iterable[str]) -> None:
+    """Raises a ConfigError that names what is not known and what was probably meant."""
+    names = list(known)
+    wrong = [str(key) for key in values if key not in names]
+    if not wrong:
+        return
+    close = [match for key in wrong for match in difflib.get_close_matches(key, names, n=1)]
+    meant = f" Did you mean {', '.join(close)}?" if close else ""
+    raise ConfigError(
+        f"{path}, {where}: {', '.join(wrong)} is not known here and would have no effect.{meant} "
+        f"Known: {', '.join(names)}."
+    )
