@@ -201,7 +201,8 @@ run, bare = sort_out(read("wanted")), sort_out(read("wanted_bare"))
 changing = {canonical(pin.split("==")[0]) for pin in run + bare}
 if mode == "running":
     held = {name: f"{name}=={v}" for name, v in sorted(here.items()) if name not in changing and is_version(v)}
-    held.pop("lwf-unsloth", None)
+    for free in ("lwf-unsloth", "pip", "setuptools", "wheel"):
+        held.pop(free, None)
     # A bare Python gets the tested set whole; beside things that are already there, pip chooses what fits them.
     if "torch" not in here:
         held = {**{canonical(pin.split("==")[0]): pin for pin in read("rest")}, **held}
@@ -235,13 +236,17 @@ for word, names in (("kept", kept), ("new", new), ("REPLACED", replaced)):
 PYTHON
 }
 
+pip_words() { # its errors, and which requirements are in each other's way
+  sed -n -e '/The conflict is caused by/,/^ *$/p' -e '/^ *ERROR/p' -e '/[Ee]rror: /p' "$WORK/pip.log" | tail -n 30
+}
+
 pip_install() { # pip_install WHAT TO-DO ARGUMENT...
   local what=$1 todo=$2
   shift 2
-  if ! "$PY" -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
-    --no-warn-script-location "$@" 2>"$WORK/pip.log"; then
+  if ! "$PY" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+    --no-warn-script-location "$@" >"$WORK/pip.log" 2>&1; then
     [ "$todo" = "go on" ] && return 1
-    grep -v '^WARNING' "$WORK/pip.log" | tail -n 25 >&2 || true
+    pip_words
     stop "pip could not install $what (its own words are above)" "$todo"
   fi
 }
@@ -266,7 +271,7 @@ install() { # install venv|running; sets INSTALLED
     step "install the libraries (a minute or more)"
     if [ "$1" = running ]; then
       pip_install "the libraries" "go on" -c "$WORK/constraints" -r "$WORK/run" || {
-        grep '^ERROR' "$WORK/pip.log" || true
+        pip_words
         echo "pip could not fit them beside everything that is here. Second try: the packages that they themselves need may"
         echo "move; numpy, pandas, torch and all the rest stay."
         pip_install "the libraries" "$blocked" -c "$WORK/constraints2" -r "$WORK/run"
@@ -319,7 +324,8 @@ after = {}
 for found in md.distributions():
     if found.name and found.version:
         after.setdefault(canonical(found.name), found.version)
-changed = [f"{n} {before[n]} -> {after.get(n, 'gone')}" for n in sorted(before) if after.get(n) != before[n]]
+changed = [f"{n} {before[n]} -> {after.get(n, 'gone')}" for n in sorted(before)
+           if after.get(n) != before[n] and n not in ("pip", "setuptools", "wheel")]
 print(f"{len(set(after) - set(before))} packages added, {len(changed)} changed")
 if mode == "running":
     again = ["lwf_unsloth itself"] if "lwf-unsloth" in before and (work / "own").read_text() == "install" else []
