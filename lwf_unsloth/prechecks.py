@@ -42,6 +42,8 @@ def match_model(args: LwFConfig, model: nn.Module) -> None:
     if not args._precision_given:
         args.fp16 = on_cuda() and dtype == torch.float16
         args.bf16 = native_bf16() and not args.fp16 and (on_cuda() or dtype == torch.bfloat16)
+        # TrainingArguments settled this before the model was known; it is what the Trainer reads.
+        args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
     elif on_cuda() and args.bf16 and not native_bf16():
         raise ConfigError(
             "bf16 was asked for, but this card computes it only by emulation (a T4 does): set "
