@@ -103,6 +103,10 @@ class LwFTrainer(SFTTrainer):
             **kwargs,
         )
         self.args.label_smoothing_factor = self.label_smoothing
+        # On CUDA Unsloth's __init__ puts the model's own length here, and turns on an evaluation
+        # that casts the model, LoRA included, to half precision for good.
+        self.args.max_length = self._encode.max_length
+        self.args.fp16_full_eval = self.args.bf16_full_eval = False
         _restore_precision(self.model, precise)
         self._start(teacher)
 
