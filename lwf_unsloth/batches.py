@@ -1,6 +1,7 @@
 """From encoded rows to a batch, and from a batch to the tokens that carry each term of the loss."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Roles:
         """True where any term acts."""
         return (self.labels != IGNORED) | self.kl
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """(4,) tokens: CE on task rows, CE on rehearsal rows, KL on task rows, KL on rehearsal
         rows.

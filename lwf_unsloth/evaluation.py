@@ -27,7 +27,8 @@ from lwf_unsloth.locks import kept_state, model_lock
 from lwf_unsloth.losses import lwf_loss, lwf_loss_from_logits
 from lwf_unsloth.objective import Objective, probe_tokens
 from lwf_unsloth.records import encode_rows
-from lwf_unsloth.teacher import OwnTeacher, Teacher, dropout_off
+from lwf_unsloth.switches import dropout_off
+from lwf_unsloth.teacher import OwnTeacher, Teacher
 from lwf_unsloth.templates import get_template
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lwf_unsloth.backend import on_cuda
 from lwf_unsloth.losses import Head
+from lwf_unsloth.switches import uncheckpointed
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +70,28 @@ def logit_scale(config: Any) -> float:
     return 1.0 if not divisor else 1.0 / float(divisor)
 
 
-def model_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Final hidden states, after the last norm.
+@dataclass
+class Carried:
+    """Hidden states on their way through the wrappers around a model.
+
+    Mixed precision's wrapper would turn a tensor, or one in a tuple or mapping, into fp32, at twice
+    the memory and for nothing, since the head's products are half precision; DDP looks inside
+    dataclasses for the tensors it must wait for.
+    """
+
+    states: Tensor
+    """(B, T, H)"""
+
+
+def model_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Final hidden states, after the last norm, in the dtype they are computed in.
 
     Args:
         model: A causal LM; DDP and PEFT wrappers are called through.
         input_ids: (B, T) token ids.
-        attention_mask: (B, T), 1 on tokens, 0 on padding.
+        attention_mask: (B, T), 1 on tokens, 0 on padding; None where all padding is on the right,
+            which causal attention never looks at (Unsloth's kernels read a mask back to see that,
+            and the CPU waits).
 
     Returns:
         (B, T, H) hidden states; the head times them is the model's logits.
@@ -82,16 +99,22 @@ def model_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tenso
     base = causal_lm(model)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if on_cuda() and not getattr(base, "_lwf_decoder_forward", False):
+        own = base.forward
         with environment(UNSLOTH_RETURN_HIDDEN_STATES="1"):
-            hidden = model(**batch).logits
+            hidden = _carried(model, base, batch, lambda *a, **k: own(*a, **k).logits)
         if hidden.shape[-1] == base.config.get_text_config().hidden_size:
             return hidden
         base._lwf_decoder_forward = True
-    with _decoder_forward(base):
-        return model(**batch).last_hidden_state
+    decoder = base.base_model
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return decoder(*args, **given).last_hidden_state
+
+    return _carried(model, base, batch, forward)
 
 
-def model_logits(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def model_logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Full logits (B, T, V), for heads that `output_head` cannot give."""
     with environment(UNSLOTH_RETURN_LOGITS="1"):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
@@ -112,18 +135,13 @@ def environment(**switches: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextmanager
-def _decoder_forward(base: Any) -> Iterator[None]:
-    """Lets `base(...)` return its decoder's output for the block."""
-    decoder = base.base_model
+def _carried(model: Any, base: Any, batch: dict[str, Any], forward: Any) -> Tensor:
+    """What `forward` gives in place of the base's forward, called through every wrapper."""
     own = vars(base).get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return decoder(*args, **{k: v for k, v in kwargs.items() if v is not None})
-
-    base.forward = forward
+    base.forward = lambda *args, **kwargs: Carried(forward(*args, **kwargs))
     try:
-        yield
+        states: Tensor = model(**batch).states
+        return states
     finally:
         if own is None:
             del base.forward
@@ -144,13 +162,12 @@ def head_matches(model: Any, head: Head, input_ids: Tensor) -> bool:
     Returns:
         True if the largest difference is within the rounding of the head's dtype.
     """
-    mask = torch.ones_like(input_ids)
-    with torch.no_grad():
-        hidden = model_hidden(model, input_ids, mask).to(head.weight.dtype)
+    with torch.no_grad(), uncheckpointed(model):
+        hidden = model_hidden(model, input_ids, None).to(head.weight.dtype)
         ours = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
         if head.softcap:
             ours = head.softcap * torch.tanh(ours / head.softcap)
-        theirs = model_logits(model, input_ids, mask).float()
+        theirs = model_logits(model, input_ids, None).float()
     if theirs.shape != ours.shape:
         return False
     coarse = head.weight.dtype != torch.float32 or hidden.dtype != torch.float32

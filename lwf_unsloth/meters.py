@@ -24,12 +24,12 @@ class Meter:
         """Adds a micro-batch; nothing is moved off the device.
 
         Args:
-            loss: Result with `ce_rows`, of the rows `roles.kept`.
+            loss: Result with `ce_rows` (B, T-1), 0 where there is no cross entropy.
             roles: The batch's roles.
         """
         assert loss.ce_rows is not None
-        rows = roles.rehearsal[roles.kept].long()  # (N,) 0 task, 1 rehearsal
-        ce = torch.zeros_like(loss.kl_group_sums).index_add_(0, rows, loss.ce_rows)
+        sides = (~roles.rehearsal, roles.rehearsal)  # as NAMES
+        ce = torch.stack([torch.where(side, loss.ce_rows, 0).sum() for side in sides])
         values = torch.cat([ce, loss.kl_group_sums, roles.counts.to(ce.device)]).detach().double()
         self.sums = values if self.sums is None else self.sums + values
 

@@ -1,4 +1,8 @@
-"""The loss of a batch: teacher forward on the rows that carry KL, student forward, both terms."""
+"""The loss of a batch: student forward, teacher forward on the rows that carry KL, both terms.
+
+The student goes first: the device has its whole forward to work on while the CPU prepares the
+teacher's, which with a few rehearsal rows is short. Nothing is copied that the loss can index.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -6,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lwf_unsloth.batches import Roles
+from lwf_unsloth.batches import IGNORED, Roles
 from lwf_unsloth.hidden import head_matches, model_hidden, model_logits, output_head
 from lwf_unsloth.losses import Head, LwfLoss, lwf_loss, lwf_loss_from_logits
 from lwf_unsloth.teacher import Teacher
@@ -67,7 +72,7 @@ class Objective:
 
         Args:
             model: The student, wrapped or not.
-            batch: `input_ids`, `attention_mask` of shape (B, T).
+            batch: `input_ids`, `attention_mask` of shape (B, T), padding on the right.
             roles: Which tokens carry which term.
             n_ce: CE tokens of the whole accumulated batch, 1 or more.
             n_kl: KL tokens of the whole accumulated batch, 1 or more.
@@ -75,46 +80,93 @@ class Objective:
             temperature: T > 0.
 
         Returns:
-            The loss with `ce_rows` and `kl_rows` of the tokens `roles.kept`; KL groups 0 task, 1
-            rehearsal.
+            The loss with `ce_rows` and `kl_rows` (B, T-1), 0 where a term does not act; KL groups 0
+            task, 1 rehearsal.
         """
         full = self.full_logits
-        kept = roles.kept.flatten()  # (B*(T-1),)
-        teacher = self._teacher_rows(batch, roles.kl, full)
+        ids = batch["input_ids"]
+        shape = ids.shape  # (B, T)
+        places = None if self.teacher is None else kl_places(batch, roles.kl)
         forward = model_logits if full else model_hidden
-        out = forward(model, batch["input_ids"], batch["attention_mask"])
-        student = out[:, :-1].flatten(0, 1)[kept]
-        labels = roles.labels.flatten()[kept]
+        student = forward(model, ids, None).flatten(0, 1)  # (B*T, H or V)
+        teacher = None if places is None else self._teacher_rows(ids, places, full)
         settings: dict[str, Any] = {
-            "kl_rows": roles.kl.flatten()[kept],
+            "kl_rows": _widened(roles.kl, False),
             "n_ce": n_ce,
             "n_kl": n_kl,
             "lwf_lambda": lwf_lambda,
             "temperature": temperature,
             "kl": self.kl,
-            "targets": roles.targets.flatten()[kept],
+            "targets": _widened(roles.targets, IGNORED),
             "label_smoothing": self.label_smoothing,
-            "groups": roles.rehearsal.flatten()[kept].long(),
+            "groups": _widened(roles.rehearsal, False).long(),
             "num_groups": 2,
             "return_rows": True,
         }
+        labels = _widened(roles.labels, IGNORED)
         if full:
-            return lwf_loss_from_logits(student, labels, teacher_logits=teacher, **settings)
-        assert self.head is not None
-        other = None if self.teacher is None else self.teacher.head
-        return lwf_loss(student, labels, self.head, teacher=teacher, teacher_head=other, **settings)
+            loss = lwf_loss_from_logits(student, labels, teacher_logits=teacher, **settings)
+        else:
+            assert self.head is not None
+            other = None if self.teacher is None else self.teacher.head
+            loss = lwf_loss(
+                student, labels, self.head, teacher=teacher, teacher_head=other, **settings
+            )
+        return loss._replace(
+            ce_rows=_narrowed(loss.ce_rows, shape), kl_rows=_narrowed(loss.kl_rows, shape)
+        )
 
-    def _teacher_rows(self, batch: dict[str, Any], kl: Tensor, full: bool) -> Tensor | None:
+    def _teacher_rows(self, ids: Tensor, places: "KlPlaces", full: bool) -> Tensor:
         """Teacher outputs (K, H or V) of the tokens that carry KL, from a forward on their rows
         alone.
         """
-        rows = kl.any(1).nonzero()[:, 0]
-        if self.teacher is None or not len(rows):
-            return None
-        longest = int(batch["attention_mask"][rows].sum(1).max())
-        ids, mask = batch["input_ids"][rows, :longest], batch["attention_mask"][rows, :longest]
-        out = self.teacher.logits(ids, mask) if full else self.teacher.hidden(ids, mask)
-        return out[:, :-1][kl[rows, : longest - 1]]
+        assert self.teacher is not None
+        ids = ids[places.rows, : places.length]
+        out = self.teacher.logits(ids, None) if full else self.teacher.hidden(ids, None)
+        return out.flatten(0, 1).index_select(0, places.tokens)
+
+
+@dataclass(frozen=True)
+class KlPlaces:
+    """Where a batch carries KL: all that the teacher's forward needs to know."""
+
+    rows: Tensor
+    """(R,) rows of the batch with KL."""
+    length: int
+    """Tokens of the longest of them."""
+    tokens: Tensor
+    """(K,) their tokens with KL, counted through (R, length)."""
+
+
+def kl_places(batch: dict[str, Any], kl: Tensor) -> KlPlaces | None:
+    """Finds them, before the forwards: reading an index back waits for all that the device was
+    given.
+
+    Args:
+        batch: `attention_mask` (B, T), padding on the right.
+        kl: (B, T-1) True where the KL acts.
+
+    Returns:
+        The places, None where no token carries KL.
+    """
+    lengths = batch["attention_mask"].sum(1)  # (B,)
+    found = torch.where(kl.any(1), lengths, 0).tolist()
+    length = max(found)
+    if not length:
+        return None
+    rows = torch.tensor([row for row, own in enumerate(found) if own], device=kl.device)
+    inside = functional.pad(kl, (0, 1))[rows, :length]  # (R, length)
+    return KlPlaces(rows, length, inside.flatten().nonzero()[:, 0])
+
+
+def _widened(values: Tensor, last: int) -> Tensor:
+    """(B, T-1) -> (B*T,): the last position, which predicts nothing, gets `last`."""
+    return functional.pad(values, (0, 1), value=last).flatten()
+
+
+def _narrowed(values: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """(B*T,) -> (B, T-1)."""
+    return None if values is None else values.view(shape)[:, :-1]
 
 
 def probe_tokens(row: dict[str, Any], device: torch.device) -> Tensor:

@@ -18,22 +18,24 @@ from torch import Tensor, nn
 from lwf_unsloth.errors import TeacherError
 from lwf_unsloth.hidden import causal_lm, model_hidden, model_logits, output_head, unwrap
 from lwf_unsloth.losses import Head
+from lwf_unsloth.switches import adapters_off, dropout_off, uncheckpointed
 
 logger = logging.getLogger(__name__)
-
-DROPOUT_FIELDS = ("attention_dropout", "attn_dropout", "hidden_dropout", "resid_dropout", "dropout")
 
 
 class Teacher(Protocol):
     """Gives the targets of a batch; never changes what it finds."""
 
-    kind: str
     head: Head | None
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    @property
+    def kind(self) -> str:
+        """One of "adapter_off", "snapshot", "model"."""
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Final hidden states (B, T, H), no gradient."""
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Full logits (B, T, V), no gradient."""
 
     def __str__(self) -> str:
@@ -74,20 +76,27 @@ class OwnTeacher:
     def in_place(self) -> Iterator[None]:
         """Turns the student into the teacher for the block; restores everything, also after an
         exception.
-        """
-        grads = [(p, p.requires_grad) for p in self.model.parameters()]
-        with torch.no_grad(), dropout_off(self.model):
-            try:
-                with self._adapter_off() if self.snapshot is None else self._swapped():
-                    yield
-            finally:
-                for parameter, wanted in grads:
-                    if parameter.requires_grad != wanted:
-                        parameter.requires_grad_(wanted)
 
-    def _adapter_off(self) -> Any:
+        Nothing is checkpointed inside: without gradients that would only copy activations away.
+        """
+        if self.snapshot is not None:
+            way: Any = self._swapped()
+        else:
+            way = adapters_off(self.model) or self._adapter_off()
+        with torch.no_grad(), uncheckpointed(self.model), dropout_off(self.model), way:
+            yield
+
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        """PEFT's own way, slow, for adapters without layers of their own (prompt tuning)."""
         disable = getattr(self.model, "disable_adapter", None)
-        return nullcontext() if disable is None else disable()
+        grads = [(p, p.requires_grad) for p in self.model.parameters()]
+        try:
+            with nullcontext() if disable is None else disable():
+                yield
+        finally:
+            for parameter, wanted in grads:
+                parameter.requires_grad_(wanted)
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
@@ -110,12 +119,12 @@ class OwnTeacher:
             parameter.data = kept
         torch.clear_autocast_cache()
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Final hidden states (B, T, H), no gradient."""
         with self.in_place():
             return model_hidden(self.model, input_ids, attention_mask)
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Full logits (B, T, V), no gradient."""
         with self.in_place():
             return model_logits(self.model, input_ids, attention_mask)
@@ -156,21 +165,19 @@ class ModelTeacher:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Final hidden states (B, T, H) on the student's device, no gradient."""
         with torch.no_grad():
             at = self._device()
-            return model_hidden(self.model, input_ids.to(at), attention_mask.to(at)).to(
-                input_ids.device
-            )
+            mask = None if attention_mask is None else attention_mask.to(at)
+            return model_hidden(self.model, input_ids.to(at), mask).to(input_ids.device)
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Full logits (B, T, V) on the student's device, no gradient."""
         with torch.no_grad():
             at = self._device()
-            return model_logits(self.model, input_ids.to(at), attention_mask.to(at)).to(
-                input_ids.device
-            )
+            mask = None if attention_mask is None else attention_mask.to(at)
+            return model_logits(self.model, input_ids.to(at), mask).to(input_ids.device)
 
 
 def vocabulary(model: Any) -> int:
@@ -208,26 +215,3 @@ def adapter_is_fresh(model: nn.Module) -> bool:
     if any("lora_" not in name for name, _ in trained):
         return False
     return all(not p.detach().any() for name, p in model.named_parameters() if "lora_B" in name)
-
-
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Turns dropout (and noise on embeddings) off for the block, and leaves training mode on.
-
-    Eval mode would take other attention and cache paths on CUDA, so the KL would not start at 0.
-    """
-    changed: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
-        if isinstance(module, (nn.modules.dropout._DropoutNd, nn.Embedding)) and module.training:
-            changed.append((module, "training", True))
-            module.training = False
-        for name in DROPOUT_FIELDS:
-            value = vars(module).get(name)
-            if isinstance(value, float) and value > 0:
-                changed.append((module, name, value))
-                setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for module, name, value in changed:
-            setattr(module, name, value)
