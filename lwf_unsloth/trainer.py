@@ -28,6 +28,7 @@ from lwf_unsloth.prechecks import (
     warn_stopping,
     warn_warmup,
 )
+from lwf_unsloth.progress import LwFProgress
 from lwf_unsloth.rehearsal import RehearsalSampler
 from lwf_unsloth.teacher import Teacher, make_teacher
 from lwf_unsloth.train_data import ENCODED, RowEncoder
@@ -116,6 +117,8 @@ class LwFTrainer(SFTTrainer):
         """Teacher, head and counters; and what the user must know before the first step."""
         if not self.plain:
             self.model_accepts_loss_kwargs = True  # the loss is divided here, not by the Trainer
+        if not self.args.disable_tqdm:
+            _show_progress(self)
         self._counts: Tensor | None = None
         self._meters = {"train": Meter(), "eval": Meter()}
         given = make_teacher(self.model, teacher) if self.args.lwf_lambda > 0 else None
@@ -348,3 +351,11 @@ def _restore_precision(model: nn.Module, before: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in before and parameter.dtype != before[name].dtype:
             parameter.data = before[name].to(parameter.device)
+
+
+def _show_progress(trainer: Any) -> None:
+    """One bar with both terms, in place of a printed dict a step or a table of the sum alone."""
+    shown = [c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__]
+    for callback in shown:
+        trainer.remove_callback(callback)
+    trainer.add_callback(LwFProgress())

@@ -478,6 +478,13 @@ def test_rehearsal_rows_that_are_held_out_are_left_out_and_told(make_trainer, al
     assert "2 rehearsal rows are left out" in caplog.text
 
 
+def test_the_bar_shows_both_terms(make_trainer, capfd):
+    make_trainer(disable_tqdm=False).train()
+    shown = capfd.readouterr()
+    assert "4/4" in shown.err and "task_loss=" in shown.err and "kl_rehearsal=" in shown.err
+    assert "grad_norm" not in shown.out, "no printed dict a step"
+
+
 def test_an_empty_eval_set_is_no_eval_set(make_trainer, alpaca_rows):
     empty = Dataset.from_list(alpaca_rows(1)).select([])
     trainer = make_trainer(eval_dataset=empty)
