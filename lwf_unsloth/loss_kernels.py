@@ -183,21 +183,21 @@ def run_body(
 ) -> tuple[Tensor, Tensor]:
     """`eager_body` by the body asked for (None: LWF_LOSS_BODY, else "auto").
 
-    A body that fails is given up with one line in the log, and eager takes over.
+    A body that fails is given up with one line in the log, and the next one takes over.
     """
     name = choose_body(body, z.device.type, z.dtype)
-    if name != "eager":
-        try:
-            run = _triton() if name == "triton" else _compiled
-            return run(z, u, labels, targets, weights, terms)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            _broken.add(name)
-            logger.warning(
-                "The %s loss body failed, slower eager torch takes over: %s", name, error
-            )
-    return eager_body(z, u, labels, targets, weights.to(z), terms)
+    if name == "eager":
+        return eager_body(z, u, labels, targets, weights.to(z), terms)
+    try:
+        run = _triton() if name == "triton" else _compiled
+        return run(z, u, labels, targets, weights, terms)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _broken.add(name)
+        following = choose_body(body, z.device.type, z.dtype)
+        logger.warning("The %s loss body failed, %s takes over: %s", name, following, error)
+    return run_body(z, u, labels, targets, weights, terms, body)
 
 
 def choose_body(body: str | None, device_type: str, dtype: torch.dtype) -> str:
@@ -208,9 +208,11 @@ def choose_body(body: str | None, device_type: str, dtype: torch.dtype) -> str:
             f"the loss body is {name!r}; it must be one of {', '.join(BODIES)} "
             f"(argument body, or the variable {BODY_VARIABLE})."
         )
+    wanted = [name]
     if name == "auto":
-        name = "eager" if device_type != "cuda" else "triton" if _has_triton() else "compiled"
-    return "eager" if name in _broken or dtype == torch.float64 else name
+        wanted = ["triton"] * _has_triton() + ["compiled"] if device_type == "cuda" else []
+    left = [one for one in wanted if one not in _broken]
+    return left[0] if left and dtype != torch.float64 else "eager"
 
 
 _broken: set[str] = set()

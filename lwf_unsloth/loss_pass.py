@@ -64,8 +64,8 @@ class OnePass(torch.autograd.Function):
         shape, dtype, n_ce = ctx.like
         grad = torch.zeros(shape, dtype=dtype, device=dh.device)
         factor = grad_total.to(dh.dtype) / n_ce
-        for start in range(0, len(index), 4096):
-            part = slice(start, start + 4096)
+        for start in range(0, len(index), 1024):
+            part = slice(start, start + 1024)
             grad[index[part]] = (dh[part] * factor).to(dtype)
         return grad, None
 

@@ -101,7 +101,7 @@ def sort_rows(
     vocab: int,
 ) -> Rows:
     """Indices of the rows that carry a term, from what `lwf_loss` was given for n rows."""
-    targets = labels if targets is None else targets
+    targets = labels if targets is None else targets.to(labels.device)
     for name, given in (("labels", labels), ("targets", targets), ("kl_rows", kl_rows)):
         if given is not None and given.shape != (n,):
             raise ValueError(

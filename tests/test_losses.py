@@ -146,8 +146,9 @@ def test_rounding_is_no_worse_than_that_of_naive_full_logits(dtype, kind, temper
     options = {"kl": kind, "temperature": temperature, "lwf_lambda": 2.0}
     truth = reference_gradient(batch, **options)
     naive = error(reference_gradient(batch, dtype, **options), truth)
-    once_more = torch.finfo(dtype).eps / 8  # a CPU rounds dh to the head's dtype, then once more
-    assert error(batch.gradient(**options), truth) <= naive + once_more
+    # a CPU rounds dh to the head's dtype and once more at the end; fp32 sums differ in their order
+    allowance = {FP32: 2e-7}.get(dtype, torch.finfo(dtype).eps / 8)
+    assert error(batch.gradient(**options), truth) <= naive + allowance
     exact = reference(batch.student.detach(), batch, **options)[0]
     naive_total = reference(batch.student.detach(), batch, dtype=dtype, **options)[0]
     tolerance = 1.5 * (naive_total - exact).abs() + 1e-5 * exact
@@ -227,7 +228,8 @@ def test_the_chunk_size_changes_nothing(chunk_rows):
     whole, part = batch.loss(return_rows=True), batch.loss(return_rows=True, chunk_rows=chunk_rows)
     for a, b in zip(whole, part, strict=True):
         torch.testing.assert_close(a, b)
-    torch.testing.assert_close(batch.gradient(), batch.gradient(chunk_rows=chunk_rows))
+    whole, part = batch.gradient(), batch.gradient(chunk_rows=chunk_rows)
+    torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("filling", (0.0, float("nan"), float("inf")))
@@ -394,7 +396,7 @@ def test_fp16_logits_near_the_end_of_their_range_stay_finite(kind):
     assert torch.isfinite(z.grad).all()
 
 
-@pytest.mark.parametrize(("n_ce", "n_kl"), ((17.0, 11.0), (1e6, 1e6), (20000.0, 3.0)))
+@pytest.mark.parametrize(("n_ce", "n_kl"), ((17.0, 11.0), (1e6, 1e6), (2e6, 3.0)))
 @pytest.mark.parametrize("kind", ("forward", "target_masked"))
 def test_a_grad_scaler_of_65536_neither_overflows_nor_loses_the_gradient_in_fp16(kind, n_ce, n_kl):
     batch = Batch(rows=48, hidden=16, vocab=200, dtype=FP16, spread=0.3)
@@ -403,6 +405,15 @@ def test_a_grad_scaler_of_65536_neither_overflows_nor_loses_the_gradient_in_fp16
     ours = batch.gradient(scale=65536.0, **options) / 65536.0
     assert torch.isfinite(ours).all()
     assert error(ours, reference_gradient(batch, **options)) < 2e-3
+
+
+@pytest.mark.parametrize("lwf_lambda", (1e-6, 1e6))
+def test_a_kl_alone_keeps_its_gradient_in_fp16_however_small_or_large_its_weight(lwf_lambda):
+    batch = Batch(rows=48, hidden=16, vocab=200, dtype=FP16, spread=0.3)
+    batch.student = batch.student.detach().float().requires_grad_()
+    batch.labels[:] = -100
+    options = {"lwf_lambda": lwf_lambda, "n_ce": 1.0, "n_kl": 1000.0}
+    assert error(batch.gradient(**options), reference_gradient(batch, **options)) < 2e-3
 
 
 def test_nan_in_a_row_that_counts_is_seen():
@@ -561,6 +572,7 @@ def test_the_body_compiles_to_one_graph_with_the_same_numbers(monkeypatch):
 @pytest.mark.parametrize("dtype", (BF16, FP16))
 def test_every_body_on_the_gpu_gives_the_reference_and_exact_zeros(dtype, kind, body):
     batch = Batch(rows=70, hidden=64, vocab=5003, dtype=dtype, spread=0.2, softcap=20.0)
+    torch.compiler.reset()  # else the many settings of this file use up the recompile limit
     for temperature, smoothing in ((1.0, 0.0), (2.0, 0.1)):
         options = {"kl": kind, "temperature": temperature, "label_smoothing": smoothing}
         truth = reference_gradient(batch, **options)
