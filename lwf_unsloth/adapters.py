@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.backend import versions
-from lwf_unsloth.bases import BaseIdentity
+from lwf_unsloth.bases import BaseIdentity, identify
 from lwf_unsloth.config import ModelConfig
+from lwf_unsloth.embedded import EMBEDDED, embedded_name, sync
 from lwf_unsloth.errors import ModelError
 from lwf_unsloth.loaded import LoadedModel
 from lwf_unsloth.model_card import adapter_card
@@ -41,7 +42,8 @@ def save_adapter(
 ) -> Path:
     """Saves the active adapter alone, with all that is needed to use it again.
 
-    The folder appears whole or not at all; an adapter already there is replaced.
+    The folder appears whole or not at all; an adapter already there is replaced. Where several
+    processes train together, one of them calls it.
 
     Args:
         model: A PEFT model, usually from `load_model`.
@@ -192,14 +194,26 @@ def read_adapter(folder: Path) -> AdapterFolder:
             "LoRA is what is built here. Load it with PEFT itself."
         )
     record = _read_json(folder / RECORD)
-    named = str(config.get("base_model_name_or_path") or "unknown")
-    kind = "folder" if Path(named).is_absolute() else "hub"
     return AdapterFolder(
         folder=folder,
         lora={**{key: config[key] for key in _LORA}, **extras},
-        base=BaseIdentity.from_dict(record.get("base") or {"name": named, "kind": kind}),
+        base=_recorded_base(record, str(config.get("base_model_name_or_path") or "unknown")),
         record=record,
     )
+
+
+def _recorded_base(record: dict[str, Any], named: str) -> BaseIdentity:
+    """The base from `lwf.json`, or from the name that PEFT alone has saved, which may be a path."""
+    if record.get("base"):
+        return BaseIdentity.from_dict(record["base"])
+    embedded = embedded_name(Path(named).name) or (named if named in EMBEDDED else None)
+    if embedded:
+        return BaseIdentity(embedded, "embedded", source=EMBEDDED[embedded].sha256)
+    path = Path(named)
+    if not path.is_dir():
+        return BaseIdentity(named, "folder" if path.is_absolute() else "hub")
+    # The whole path stays the name: it is where this machine finds the base.
+    return replace(identify(path, named, "folder"), name=named)
 
 
 def fill_adapter(model: Any, saved: AdapterFolder, *, trainable: bool) -> None:
@@ -262,9 +276,13 @@ def new_folder(target: Path) -> Iterator[Path]:
         new = scratch / "new"
         new.mkdir()
         yield new
+        for path in new.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600
+            sync(path)
         if target.exists():
             target.rename(scratch / "old")
         new.rename(target)
+        sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

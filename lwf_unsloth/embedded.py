@@ -170,6 +170,14 @@ def embedded_identity(folder: Path) -> dict[str, str] | None:
         return None
 
 
+def embedded_name(folder_name: str) -> str | None:
+    """Name of the embedded model that a cache folder of this name holds, None for other folders."""
+    for name, spec in EMBEDDED.items():
+        if folder_name.startswith(f"{name}-{spec.sha256[:12]}-c"):
+            return name
+    return None
+
+
 def _make(spec: EmbeddedModel, target: Path) -> None:
     """Fetches, converts and puts the result in place by one rename. The caller holds the lock."""
     if spec.terms:
@@ -186,7 +194,7 @@ def _make(spec: EmbeddedModel, target: Path) -> None:
             logger.warning("%s was damaged and is replaced.", target)
             target.rename(Path(scratch) / "damaged")
         new.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def _convert(gguf: Path, out: Path, spec: EmbeddedModel) -> None:
@@ -295,8 +303,8 @@ def _write_manifest(spec: EmbeddedModel, folder: Path) -> None:
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     for path in [*files, folder / MANIFEST]:
         path.chmod(0o644)  # safetensors writes 0600, which a shared cache can't serve
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -325,7 +333,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flushes a file or a folder to disk (folders can't be opened on Windows, and need not be)."""
     if path.is_dir() and os.name == "nt":
         return

@@ -1,6 +1,4 @@
-"""What is in memory after loading: read off the modules, compared with what was asked for, and
-said.
-"""
+"""What is in memory after loading: read off the modules, compared with what was asked for, said."""
 
 import logging
 from dataclasses import asdict, dataclass, field, replace
@@ -115,6 +113,8 @@ def check_targets(model: Any, wanted: Any) -> None:
     Raises:
         ModelError: One is not; the message lists those there are.
     """
+    if isinstance(wanted, str):  # a pattern, as PEFT may have saved one: it was matched in training
+        return
     from torch.nn import Linear
 
     linear = {

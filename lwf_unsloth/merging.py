@@ -132,6 +132,7 @@ def _plain_model(base: Any, weights: dict[str, Any], dtype: Any) -> Any:
     missing, unexpected = plain.load_state_dict(weights, strict=False, assign=True)
     tied = set(getattr(plain, "_tied_weights_keys", None) or [])
     lost = [key for key in missing if key not in tied]
+    unexpected = [key for key in unexpected if key.endswith((".weight", ".bias"))]  # no buffers
     if lost or unexpected:
         raise ModelError(
             f"The merged weights don't fit {type(base).__name__}: missing {lost[:3]}, unexpected "

@@ -43,12 +43,13 @@ def default_model() -> ModelConfig:
     return ModelConfig(_DEFAULT_EMBEDDED)
 
 
-def load_model(config: ModelConfig | str) -> tuple[Any, Any]:
+def load_model(config: ModelConfig | str, *, adapter: str | Path | None = None) -> tuple[Any, Any]:
     """Loads a base model in 4 bits and puts LoRA on it.
 
     Args:
         config: What to load, or just its name: a hub id, a local folder (pre-quantised or not) or
             an embedded name.
+        adapter: Folder of a saved adapter to train on, instead of a new one; see `load_adapter`.
 
     Returns:
         (model, tokenizer): a PEFT model whose `lwf_loaded` is a `LoadedModel`, and its tokenizer.
@@ -58,6 +59,8 @@ def load_model(config: ModelConfig | str) -> tuple[Any, Any]:
             the target modules, or nothing would train.
         ConfigError: A quantisation setting that the CPU backend would ignore.
     """
+    if adapter is not None:
+        return load_adapter(adapter, base=config, trainable=True)
     config = ModelConfig(config) if isinstance(config, str) else config
     model, tokenizer, loaded = load_base(config)
     check_targets(model, config.target_modules)

@@ -66,7 +66,8 @@ def copy(saved, tmp_path):
 def reload(folder, base, **options):
     from lwf_unsloth.model import load_adapter
 
-    return load_adapter(folder, base=base if base is None else str(base), **options)
+    base = base if base is None or isinstance(base, ModelConfig) else str(base)
+    return load_adapter(folder, base=base, **options)
 
 
 def test_a_reloaded_adapter_gives_the_same_logits(saved, tiny_model_dir):
@@ -128,24 +129,30 @@ def test_plain_peft_loads_it_on_the_same_base(tiny_model_dir, tmp_path):
 
 
 def test_an_adapter_saved_by_plain_peft_loads(tiny_model_dir, tmp_path):
-    from lwf_unsloth.model import load_adapter
-
     model, tokenizer = load(tiny_model_dir)
     train_a_little(model)
-    model.save_pretrained(tmp_path / "plain")
-    again, own = load_adapter(
-        tmp_path / "plain", base=ModelConfig(str(tiny_model_dir), dtype="float32")
-    )
+    model.save_pretrained(tmp_path / "checkpoint")
+    base = ModelConfig(str(tiny_model_dir), dtype="float32")
+    again, own = reload(tmp_path / "checkpoint", base)
     assert logits(again, own).equal(logits(model, tokenizer))
-    assert reload(tmp_path / "plain", None)[0].lwf_loaded.base == "tiny-llama"
+    assert reload(tmp_path / "checkpoint", None)[0].lwf_loaded.base == "tiny-llama"
 
 
-def test_a_plain_peft_adapter_of_another_name_is_refused(tiny_model_dir, tmp_path):
-    model, _ = load(tiny_model_dir)
-    model.save_pretrained(tmp_path / "plain")
-    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
-    with pytest.raises(ModelError, match="tiny-llama.*the base given is 'other'"):
-        reload(tmp_path / "plain", other)
+def test_load_model_takes_an_adapter_to_train_on(saved, tiny_model_dir):
+    from lwf_unsloth.model import load_model
+
+    model, tokenizer = load_model(str(tiny_model_dir), adapter=saved[0])
+    assert any(p.requires_grad for p in model.parameters())
+    assert logits(model, tokenizer).equal(saved[1])
+
+
+def test_a_plain_peft_adapter_of_another_name_is_refused(copy, tiny_model_dir):
+    (copy / "lwf.json").unlink()
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "someone/llama-1b-unsloth-bnb-4bit"
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="someone/llama-1b.*the base given is 'tiny-llama'"):
+        reload(copy, tiny_model_dir)
 
 
 def test_other_weights_under_the_same_name_and_shape_are_refused(saved, tiny_model_dir, tmp_path):
@@ -169,11 +176,23 @@ def test_a_moved_base_is_the_same_base(saved, tiny_model_dir, tmp_path):
 
 
 def test_another_precision_is_said(saved, tiny_model_dir):
-    from lwf_unsloth.model import load_adapter
-
     base = ModelConfig(str(tiny_model_dir), dtype="float32", load_in_4bit=False)
-    model, _ = load_adapter(saved[0], base=base)
+    model, _ = reload(saved[0], base)
     assert "trained on 4-bit weights and answers a little differently" in str(model.lwf_loaded)
+
+
+def test_a_checkpoint_on_an_embedded_model_finds_its_base_on_any_machine(copy, monkeypatch):
+    from lwf_unsloth.adapters import read_adapter
+    from lwf_unsloth.embedded import EMBEDDED
+
+    spec = EMBEDDED["gemma-3-270m"]
+    (copy / "lwf.json").unlink()
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = f"/elsewhere/gemma-3-270m-{spec.sha256[:12]}-c1"
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    adapter = read_adapter(copy)
+    assert (adapter.base.name, adapter.base.source) == ("gemma-3-270m", spec.sha256)
+    assert adapter.base_config(None).model_name == "gemma-3-270m"
 
 
 def test_without_a_base_a_folder_is_asked_for_by_name(saved):
@@ -355,6 +374,25 @@ def test_a_merged_model_is_16_bit_and_loads_as_a_base(saved, tiny_model_dir, tmp
     assert again.lwf_loaded.bits == 4 and again.lwf_loaded.base == "merged"
     for path in folder.iterdir():
         assert str(tiny_model_dir.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_a_tied_head_stays_tied_in_the_merged_model(tiny_model_dir, tmp_path, tiny_tokenizer):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lwf_unsloth.model import merge_model
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "tied")
+    tiny_tokenizer.save_pretrained(tmp_path / "tied")
+    model, tokenizer = load(tmp_path / "tied")
+    train_a_little(model)
+    folder = merge_model(model, tokenizer, tmp_path / "merged", dtype="float16")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert (logits(plain, tokenizer) - logits(model, tokenizer)).abs().max() < 0.05
 
 
 def test_merging_to_four_bits_is_refused(saved, tiny_model_dir, tmp_path):
