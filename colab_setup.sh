@@ -387,7 +387,7 @@ main() {
   rm -rf "$WORK"
   case "$use" in
     demo) step "demo" && exec .venv/bin/lwf-unsloth demo "$@" ;;
-    test) step "tests" && exec .venv/bin/python -m pytest "$@" ;;
+    test) step "tests" && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@" ;;
     *) printf '\nReady.\n' ;;
   esac
 }
