@@ -60,8 +60,7 @@ def save_adapter(
             files.
     """
     name = active_adapter(model)
-    loaded = getattr(model, "lwf_loaded", None)
-    identity = loaded.identity if loaded else _unknown_base(model)
+    record = adapter_record(model, tokenizer)
     with new_folder(Path(folder)) as new:
         # False: else PEFT asks the hub whether the base's vocabulary has another size.
         model.save_pretrained(new, selected_adapters=[name], save_embedding_layers=False)
@@ -69,19 +68,24 @@ def save_adapter(
             for path in (new / name).iterdir():
                 path.replace(new / path.name)
             (new / name).rmdir()
-        _name_base(new / "adapter_config.json", identity)
+        _name_base(new / "adapter_config.json", BaseIdentity.from_dict(record["base"]))
         tokenizer.save_pretrained(new)
-        record = {
-            "format": 1,
-            "base": identity.to_dict(),
-            "loaded": loaded.to_dict() if loaded else {},
-            "template": get_template(tokenizer).to_dict(),
-            "eos_token": tokenizer.eos_token,
-            "versions": versions(),
-        }
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(adapter_card(record, card or {}), encoding="utf-8")
     return Path(folder)
+
+
+def adapter_record(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What `lwf.json` says of a model with its adapter: base, settings, template, versions."""
+    loaded = getattr(model, "lwf_loaded", None)
+    return {
+        "format": 1,
+        "base": (loaded.identity if loaded else _unknown_base(model)).to_dict(),
+        "loaded": loaded.to_dict() if loaded else {},
+        "template": get_template(tokenizer).to_dict(),
+        "eos_token": tokenizer.eos_token,
+        "versions": versions(),
+    }
 
 
 def active_adapter(model: Any) -> str:

