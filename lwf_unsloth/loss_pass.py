@@ -12,6 +12,7 @@ from torch import Tensor
 from lwf_unsloth.loss_kernels import choose_body, run_body
 from lwf_unsloth.loss_rows import Head, Rows, Settings
 from lwf_unsloth.loss_terms import Terms, Weights
+from lwf_unsloth.loss_topk import TopK, dense_logits
 
 CUDA_CHUNK_BYTES = 512 * 2**20
 """Most that the logits of a chunk take on a GPU; less where less is free."""
@@ -26,7 +27,7 @@ class Job:
     """All that the pass needs beside the student's hidden states."""
 
     head: Head
-    teacher: Tensor | None
+    teacher: Tensor | TopK | None
     teacher_head: Head
     rows: Rows
     settings: Settings
@@ -86,9 +87,11 @@ def _run_chunks(student: Tensor, job: Job) -> tuple[Tensor, Tensor, Tensor]:
     dh = torch.zeros(
         (count if job.gradient else 0, student.shape[1]), dtype=dtype, device=student.device
     )
-    most = job.chunk_rows or rows_per_chunk(weight, 2 if kl_count else 1, job.body)
+    sparse = isinstance(job.teacher, TopK)  # its dense logits are fp32, with a copy on the way
+    sides = 1 if not kl_count else 5 if sparse else 2
+    most = job.chunk_rows or rows_per_chunk(weight, sides, job.body)
     buffers = [torch.empty((min(most, count), vocab), dtype=weight.dtype, device=student.device)]
-    if kl_count:
+    if kl_count and not sparse:
         buffers.append(torch.empty_like(buffers[0][:kl_count]))
     for segment, chunks in (
         (True, _chunks(0, kl_count, most)),
@@ -97,9 +100,7 @@ def _run_chunks(student: Tensor, job: Job) -> tuple[Tensor, Tensor, Tensor]:
         terms, weights, scale = _plan(job, segment)
         for part in chunks:
             z = head_logits(student[rows.index[part]], job.head, buffers[0])
-            u = None
-            if segment and job.teacher is not None:
-                u = head_logits(job.teacher[part], job.teacher_head, buffers[1])
+            u = _teacher_logits(job, part, z, buffers[-1]) if segment else None
             ce[part], kl_part = run_body(
                 z, u, rows.labels[part], rows.targets[part], weights, terms, job.body
             )
@@ -110,9 +111,19 @@ def _run_chunks(student: Tensor, job: Job) -> tuple[Tensor, Tensor, Tensor]:
     return ce, kl, dh
 
 
+def _teacher_logits(job: Job, part: slice, z: Tensor, buffer: Tensor) -> Tensor | None:
+    """Logits (M, V) of a chunk's teacher, raw, or of its top k beside the student's raw z."""
+    if isinstance(job.teacher, TopK):
+        return dense_logits(job.teacher[part], z, (job.head.scale, job.head.softcap))
+    if job.teacher is None:
+        return None
+    return head_logits(job.teacher[part], job.teacher_head, buffer)
+
+
 def _plan(job: Job, has_kl: bool) -> tuple[Terms, Weights, float]:
     """Terms and weights of a segment's chunks, and the factor that their gradient carries."""
-    settings, head = job.settings, job.head
+    settings, head, other = job.settings, job.head, job.teacher_head
+    shaped = isinstance(job.teacher, TopK)
     terms = Terms(
         ce=job.rows.kl_rows_have_ce or not has_kl,
         kl=settings.kl if has_kl else None,
@@ -120,7 +131,7 @@ def _plan(job: Job, has_kl: bool) -> tuple[Terms, Weights, float]:
         unit_temperature=settings.temperature == 1.0,
         label_smoothing=settings.label_smoothing,
         student_shape=(head.scale, head.softcap),
-        teacher_shape=(job.teacher_head.scale, job.teacher_head.softcap),
+        teacher_shape=(1.0, 0.0) if shaped else (other.scale, other.softcap),
     )
     scale = _fp16_scale(terms, job) if head.weight.dtype == torch.float16 else 1.0
     return terms, Weights(scale, scale * settings.kl_ratio, settings.temperature), scale

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lwf_unsloth.loss_terms import KlKind
+from lwf_unsloth.loss_topk import TopK
 
 IGNORED = -100
 """Label of a row without cross entropy."""
@@ -95,7 +96,7 @@ def divisor(given: float | Tensor | None, counted: float | Tensor) -> float:
 def sort_rows(
     n: int,
     labels: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | TopK | None,
     kl_rows: Tensor | None,
     targets: Tensor | None,
     vocab: int,
@@ -148,7 +149,9 @@ def check_vocabularies(student: int, teacher: int) -> None:
         )
 
 
-def check_heads(student: Tensor, teacher: Tensor | None, head: Head, teacher_head: Head) -> None:
+def check_heads(
+    student: Tensor, teacher: Tensor | TopK | None, head: Head, teacher_head: Head
+) -> None:
     """Refuses heads that are trained, or that fit neither each other nor the hidden states."""
     trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     if torch.is_grad_enabled() and trained:
@@ -158,7 +161,8 @@ def check_heads(student: Tensor, teacher: Tensor | None, head: Head, teacher_hea
         )
     if teacher is not None:
         check_vocabularies(head.weight.shape[0], teacher_head.weight.shape[0])
-    for name, hidden, of in (("student", student, head), ("teacher", teacher, teacher_head)):
+    states = None if isinstance(teacher, TopK) else teacher
+    for name, hidden, of in (("student", student, head), ("teacher", states, teacher_head)):
         width = of.weight.shape[1]
         if hidden is not None and (hidden.ndim != 2 or hidden.shape[1] != width):
             raise ValueError(

@@ -37,8 +37,9 @@ from lwf_unsloth.loss_rows import (
     sort_rows,
 )
 from lwf_unsloth.loss_terms import KlKind
+from lwf_unsloth.loss_topk import TopK, check_top_k, top_k, top_k_kl
 
-__all__ = ["Head", "KlKind", "LwfLoss", "lwf_loss", "lwf_loss_from_logits"]
+__all__ = ["Head", "KlKind", "LwfLoss", "TopK", "lwf_loss", "lwf_loss_from_logits", "top_k"]
 
 
 class LwfLoss(NamedTuple):
@@ -71,7 +72,7 @@ def lwf_loss(
     labels: Tensor,
     head: Head,
     *,
-    teacher: Tensor | None = None,
+    teacher: Tensor | TopK | None = None,
     kl_rows: Tensor | None = None,
     n_ce: float | Tensor | None = None,
     n_kl: float | Tensor | None = None,
@@ -94,7 +95,7 @@ def lwf_loss(
         labels: (N,) int64 ids of the next tokens, -100 for a row without cross entropy.
         head: the student's output head, frozen.
         teacher: (K, H') the teacher's final hidden states at `kl_rows`, in their order, on any
-            device; None for no KL.
+            device, or their `TopK` (forward KL at its temperature); None for no KL.
         kl_rows: (N,) bool, K of them True; None means every row when there is a teacher.
         n_ce: rows with cross entropy in the whole accumulated batch on all ranks, read as at least
             1; None counts this call's.
@@ -120,6 +121,9 @@ def lwf_loss(
     """
     teacher_head = head if teacher_head is None else teacher_head
     check_heads(student, teacher, head, teacher_head)
+    if isinstance(teacher, TopK):
+        check_top_k(teacher, kl, temperature)
+        teacher = teacher.to(student.device)
     labels = labels.to(student.device)
     rows = sort_rows(len(student), labels, teacher, kl_rows, targets, head.weight.shape[0])
     settings = Settings(
@@ -140,7 +144,7 @@ def lwf_loss_from_logits(
     student_logits: Tensor,
     labels: Tensor,
     *,
-    teacher_logits: Tensor | None = None,
+    teacher_logits: Tensor | TopK | None = None,
     kl_rows: Tensor | None = None,
     n_ce: float | Tensor | None = None,
     n_kl: float | Tensor | None = None,
@@ -156,10 +160,13 @@ def lwf_loss_from_logits(
     """The same numbers from logits by plain autograd, for a head that is trained or unknown.
 
     Logits are the model's own, softcap and scale applied: `student_logits` (N, V), `teacher_logits`
-    (K, V). The other arguments, the result and the errors are those of `lwf_loss`.
+    (K, V) or `TopK`. The other arguments, the result and the errors are those of `lwf_loss`.
     """
     vocab = student_logits.shape[-1]
-    if teacher_logits is not None:
+    if isinstance(teacher_logits, TopK):
+        check_top_k(teacher_logits, kl, temperature)
+        teacher_logits = teacher_logits.to(student_logits.device)
+    elif teacher_logits is not None:
         check_vocabularies(vocab, teacher_logits.shape[-1])
     labels = labels.to(student_logits.device)
     rows = sort_rows(len(student_logits), labels, teacher_logits, kl_rows, targets, vocab)
@@ -176,7 +183,9 @@ def lwf_loss_from_logits(
         z = raise_to_floor(student_logits[rows.index].to(dtype))
         ce = smoothed_ce(torch.log_softmax(z, -1), rows.labels, label_smoothing)
         kl_values = z.new_zeros(0)
-        if teacher_logits is not None and len(rows.kl):
+        if isinstance(teacher_logits, TopK):
+            kl_values = top_k_kl(z[: len(rows.kl)], teacher_logits)
+        elif teacher_logits is not None and len(rows.kl):
             u = raise_to_floor(teacher_logits.detach().to(z.device, dtype))
             kl_values = _kl_from_logits(z[: len(u)], u, rows.targets[: len(u)], settings)
         total = ce.sum() / settings.n_ce + settings.lwf_lambda * kl_values.sum() / settings.n_kl
