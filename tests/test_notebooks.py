@@ -15,9 +15,9 @@ SMALL = {
     "01_alpaca_demo": {
         "MODEL": "smollm2-135m-instruct",
         "TASK_ROWS": 40,
-        "STEPS": 3,
+        "STEPS": 2,
         "ROWS_A_STEP": 4,
-        "MAX_NEW_TOKENS": 24,
+        "MAX_NEW_TOKENS": 16,
     },
 }
 
