@@ -1,6 +1,7 @@
 """Writes the tables of README.md and benchmarks/README.md from benchmarks/results/*.json.
 
-python benchmarks/tables.py           rewrites what stands between <!-- table: NAME --> and <!-- end -->
+python benchmarks/tables.py           rewrites what stands between <!-- table: NAME --> and
+                                      <!-- end -->
 python benchmarks/tables.py --check   fails where a table is not what the results say
 """
 
@@ -34,8 +35,8 @@ def source(result: dict[str, Any]) -> str:
     """Card, versions and commit of a result, in a line."""
     meta = result["meta"]
     return (
-        f"\n{meta['card']}, torch {meta['torch']}, unsloth {meta['unsloth']}, commit {meta['commit'][:8]}, "
-        f"{meta['date'][:10]}; `{meta['command']}`.\n"
+        f"\n{meta['card']}, torch {meta['torch']}, unsloth {meta['unsloth']}, "
+        f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`.\n"
     )
 
 
@@ -74,8 +75,8 @@ def demo() -> str | None:
     ]
     seeds = ", ".join(str(run["seed"]) for run in runs)
     return as_table(["`lwf-unsloth demo`, SmolLM2-135M in 4 bits", "before", "after"], rows) + (
-        f"\nMean of {len(runs)} runs (seeds {seeds}), {mean('steps'):.0f} steps, {mean('seconds') / 60:.1f} minutes each."
-        + source(result)
+        f"\nMean of {len(runs)} runs (seeds {seeds}), {mean('steps'):.0f} steps, "
+        f"{mean('seconds') / 60:.1f} minutes each." + source(result)
     )
 
 
@@ -115,7 +116,8 @@ def gpu() -> str | None:
         else:
             what = (
                 f"EOS {row['eos_rate_before']:.0%} -> {row['eos_rate_after']:.0%}; passages "
-                f"{row['passage_nll_rise']:+.3f} nats, at lambda 0 {row['passage_nll_rise_lambda0']:+.3f}"
+                f"{row['passage_nll_rise']:+.3f} nats, at lambda 0 "
+                f"{row['passage_nll_rise_lambda0']:+.3f}"
             )
             rows.append(
                 [
@@ -128,7 +130,153 @@ def gpu() -> str | None:
     return as_table(["run", "time", "GPU memory", "result"], rows) + source(result)
 
 
-TABLES: dict[str, Callable[[], str | None]] = {"demo": demo, "gpu": gpu}
+STEPS = {
+    "plain_unsloth": "plain Unsloth SFT",
+    "ours_r06": "**ours**, default recipe, ratio 0.06",
+    "ours_r20": "**ours**, default recipe, ratio 0.2",
+    "ours_all": "**ours**, KL on all rows",
+    "ours_all_cached": "**ours**, KL on all rows, warm cache",
+    "two_models": "the same with a second 4-bit model",
+    "two_calls": "Unsloth's fused CE, then its fused JSD",
+    "full_logits": "LwF with full logits on Unsloth",
+    "trl_gkd": "TRL's GKD loss (no CE), second model",
+    "document_script": "the document's script",
+}
+"""Arms of step_cost as the tables call them, in the tables' order."""
+
+
+def step_cost() -> str | None:
+    """Memory and time of a training step, a table for each share of labelled tokens."""
+    result = read("step_cost")
+    if result is None:
+        return None
+    rows = result["rows"]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    parts = []
+    for labelled in dict.fromkeys(row["labelled"] for row in rows):
+        found = {(r["arm"], r["shape"]): r for r in rows if r["labelled"] == labelled}
+        lines = [
+            [name, *(_step_cell(found, arm, shape) for shape in shapes)]
+            for arm, name in STEPS.items()
+            if any((arm, shape) in found for shape in shapes)
+        ]
+        parts.append(as_table([f"{labelled:.0%} of the tokens labelled", *shapes], lines))
+    note = "\nPeak GPU memory, and time per task row against plain (plain: ms a step).\n"
+    return "\n".join(parts) + note + source(result)
+
+
+def _step_cell(found: dict[tuple[str, str], dict[str, Any]], arm: str, shape: str) -> str:
+    """Peak and relative time of an arm at a size, or why there is none."""
+    row, plain = found.get((arm, shape)), found.get(("plain_unsloth", shape), {})
+    if row is None or row.get("error"):
+        return "" if row is None else row["error"]
+    if arm == "plain_unsloth":
+        time = f"{row['ms_median']:.0f} ms"
+    else:
+        time = f"× {_step_ratio(row, plain):.2f}" if plain.get("ms_per_task_row") else ""
+    return _memory(row) + time
+
+
+def _step_ratio(row: dict[str, Any], plain: dict[str, Any]) -> float:
+    """Time per task row against plain: of paired rounds, else (another process) of medians."""
+    return row.get("ratio") or row["ms_per_task_row"] / plain["ms_per_task_row"]
+
+
+def _memory(row: dict[str, Any]) -> str:
+    return "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f} GiB, "
+
+
+def loss_stage() -> str | None:
+    """The loss stage alone: ms, peak memory, gradient error."""
+    result = read("loss_stage")
+    if result is None:
+        return None
+    found = {(r["arm"], r["vocab"], r["dtype"]): r for r in result["rows"]}
+    cases = list(dict.fromkeys((vocab, dtype) for _, vocab, dtype in found))
+    lines = []
+    for arm in dict.fromkeys(arm for arm, _, _ in found):
+        cells = []
+        for case in cases:
+            row = found.get((arm, *case), {"error": ""})
+            if "error" in row:
+                cells.append(row["error"].split(":")[0])
+                continue
+            peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} MiB, "
+            cells.append(f"{row['ms_median']:.1f} ms, {peak}{_digits(row['grad_error'])}")
+        lines.append([f"**{arm}**" if arm == "ours" else arm, *cells])
+    head = ["4096 rows, hidden 2048", *(f"V {vocab:,}, {dtype}" for vocab, dtype in cases)]
+    note = "\nForward and backward, peak over the inputs, relative error of the gradient.\n"
+    return as_table(head, lines) + note + source(result)
+
+
+def _digits(error: float | None) -> str:
+    return "NaN" if error is None else f"{error:.1e}"
+
+
+FITS = {
+    "plain_unsloth": STEPS["plain_unsloth"],
+    "ours": "**ours**, default recipe",
+    "ours_all": STEPS["ours_all"],
+    "full_logits": STEPS["full_logits"],
+}
+
+
+def fits_t4() -> str | None:
+    """The longest rows that train where 14 GiB are free."""
+    result = read("fits_t4")
+    if result is None:
+        return None
+    found = {(row["arm"], row["batch"]): row for row in result["rows"]}
+    batches = sorted({batch for _, batch in found})
+    lines = [
+        [name, *(_length(found.get((arm, batch))) for batch in batches)]
+        for arm, name in FITS.items()
+    ]
+    head = ["longest rows in tokens, 14 GiB free", *(f"batch {batch}" for batch in batches)]
+    return as_table(head, lines) + source(result)
+
+
+def _length(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return row.get("error") or str(row["longest_length"] or "none")
+
+
+def hardware() -> str | None:
+    """What a step needs, for README.md: from step_cost and, where it is there, fits_t4."""
+    result, fits = read("step_cost"), read("fits_t4")
+    if result is None:
+        return None
+    half = {(r["arm"], r["shape"]): r for r in result["rows"] if r["labelled"] == 0.5}
+    lengths = {r["arm"]: r for r in fits["rows"] if r["batch"] == 4} if fits else {}
+    lengths["ours_r06"] = lengths.get("ours")
+    head = ["Gemma-2B in 4 bits, fp16", "batch 4 × 512", "batch 16 × 1024", "longest, batch 4"]
+    shown = ("plain_unsloth", "ours_r06", "ours_all", "ours_all_cached")
+    lines = [
+        [
+            STEPS[arm],
+            _step_cell(half, arm, "B4xT512"),
+            _step_cell(half, arm, "B16xT1024"),
+            _length(lengths.get(arm)),
+        ]
+        for arm in (*shown, "full_logits", "document_script")
+    ]
+    note = (
+        "\nRandom weights in Gemma-2B's shape; peak GPU memory, and time per task row against "
+        "plain, half of the tokens labelled; longest row that trains where 14 GiB are free, as on "
+        "a T4.\n"
+    )
+    return as_table(head, lines) + note + source(result)
+
+
+TABLES: dict[str, Callable[[], str | None]] = {
+    "demo": demo,
+    "gpu": gpu,
+    "step_cost": step_cost,
+    "loss_stage": loss_stage,
+    "fits_t4": fits_t4,
+    "hardware": hardware,
+}
 
 
 def filled(text: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -22,12 +23,10 @@ Change = tuple[nn.Module, str, Any]
 """Module, attribute, value."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Parts:
-    """The modules that have a switch."""
+    """The modules that have a switch, found by one walk."""
 
-    version: int
-    """`_registered` at the walk."""
     dropouts: list[nn.Module] = field(default_factory=list)
     """Dropout, and embeddings, which may add noise."""
     dropout_fields: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -36,27 +35,31 @@ class Parts:
     """PEFT's layers."""
     checkpointed: list[nn.Module] = field(default_factory=list)
     """Modules that may checkpoint."""
+    members: set[int] = field(default_factory=set)
+    """id of every module walked over."""
+    stale: bool = False
+    """A member was given a new child since."""
 
 
-_registered = 0
-"""Modules given to a parent so far, anywhere in the process."""
+_walks: WeakSet[Parts] = WeakSet()
 
 
-def _count_registration(*_: Any) -> None:
-    global _registered
-    _registered += 1
+def _note_child(module: nn.Module, *_: Any) -> None:
+    for parts in list(_walks):
+        parts.stale = parts.stale or id(module) in parts.members
 
 
-register_module_module_registration_hook(_count_registration)
+register_module_module_registration_hook(_note_child)
 
 
 def parts_of(model: nn.Module) -> Parts:
-    """The parts of a model; walks it anew only after some module was given a new child."""
+    """The parts of a model; walks it anew only after a module in it was given a new child."""
     known = vars(model).get("_lwf_parts")
-    if isinstance(known, Parts) and known.version == _registered:
-        return known
-    parts = Parts(_registered)
+    if isinstance(known, Parts) and not known.stale and id(model) in known.members:
+        return known  # a copy of the model is not among them
+    parts = Parts()
     for module in model.modules():
+        parts.members.add(id(module))
         if isinstance(module, (nn.modules.dropout._DropoutNd, nn.Embedding)):
             parts.dropouts.append(module)
         if isinstance(getattr(module, ADAPTER_SWITCH, None), bool):
@@ -65,6 +68,7 @@ def parts_of(model: nn.Module) -> Parts:
             parts.checkpointed.append(module)
         parts.dropout_fields += [(module, name) for name in DROPOUT_FIELDS if name in vars(module)]
     vars(model)["_lwf_parts"] = parts
+    _walks.add(parts)
     return parts
 
 

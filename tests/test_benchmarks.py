@@ -1,0 +1,200 @@
+"""The benchmarks: arms compute one loss, figures are what they say, tables are the results'."""
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import _steps, fits_t4, step_cost, tables  # noqa: E402
+from benchmarks._steps import Kind, Loop, Size, period, tried  # noqa: E402
+
+
+@pytest.fixture()
+def loop(tiny_peft):
+    """A tiny model in training whose LoRA has moved away from its teacher."""
+    model, _ = tiny_peft()
+    loop = Loop(model)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(7)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn_like(p) * 0.3)
+    return loop
+
+
+def value(loss, loop, batch):
+    return loss(loop, batch).item()
+
+
+@pytest.mark.parametrize("labelled", [1.0, 0.5])
+def test_arms_with_kl_on_all_rows_compute_the_same_loss(loop, tiny_peft, labelled):
+    loop.use_second(tiny_peft()[0])
+    batch = loop.batch(Size(2, 16, labelled))
+    found = {
+        name: value(getattr(_steps, name), loop, batch)
+        for name in ("ours_all", "full_logits", "two_calls", "two_models")
+    }
+    found["ours_all_cached"] = value(_steps.ours_all_cached(loop, batch), loop, batch)
+    assert found == pytest.approx(dict.fromkeys(found, found["full_logits"]), rel=1e-4)
+    kl_alone = found["full_logits"] - value(_steps.plain_unsloth, loop, batch)
+    assert kl_alone > 0.1
+    if labelled == 1.0:
+        assert value(_steps.trl_gkd, loop, batch) * _steps.LAMBDA == pytest.approx(
+            kl_alone, rel=1e-3
+        )
+
+
+def test_the_default_recipe_without_rehearsal_rows_is_the_plain_loss(loop):
+    batch = loop.batch(Size(3, 12, 0.5))
+    plain = value(_steps.plain_unsloth, loop, batch)
+    assert value(_steps.ours_rehearsal, loop, batch) == pytest.approx(plain, rel=1e-5)
+    mixed = loop.batch(Size(3, 12, 0.5), rehearsal=1)
+    assert value(_steps.ours_rehearsal, loop, mixed) != pytest.approx(plain, rel=1e-3)
+
+
+def test_a_step_trains_and_leaves_no_gradients(loop):
+    before = [p.detach().clone() for p in loop.trained]
+    loss = loop.step(_steps.ours_all, loop.batch(Size(2, 8)))
+    assert torch.isfinite(loss)
+    assert any(not torch.equal(*pair) for pair in zip(before, loop.trained, strict=True))
+    assert all(p.grad is None for p in loop.trained)
+
+
+def test_half_labelled_batches_mask_the_first_half_of_every_task_row(loop):
+    batch = loop.batch(Size(2, 10, 0.5), rehearsal=1)
+    assert (batch["labels"] != -100).sum(1).tolist() == [5, 5]
+    assert batch["is_rehearsal"].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 16])
+@pytest.mark.parametrize("share", step_cost.SHARES.values())
+def test_a_period_holds_exactly_its_share_of_rehearsal_rows(batch, share):
+    kinds = period(batch, share)
+    rows = batch * sum(kind.times for kind in kinds)
+    rehearsal = sum(kind.rehearsal * kind.times for kind in kinds)
+    assert Fraction(rehearsal, rows) == share
+    counts = [kind.rehearsal for kind in kinds]
+    assert max(counts) - min(counts) <= 1 and max(counts) <= batch
+
+
+def test_times_are_weighted_by_how_often_a_batch_comes_and_counted_per_task_row():
+    plain = [step_cost.Item("plain_unsloth", Kind(), print, 2.0, [10.0, 20.0])]
+    mixed = [
+        step_cost.Item("ours_r20", Kind(0, 3), print, 2.5, [10.0, 20.0]),
+        step_cost.Item("ours_r20", Kind(2, 1), print, 3.0, [30.0, 60.0]),
+    ]
+    found = step_cost.record(mixed, plain, 4)
+    assert found["peak_gib"] == 3.0
+    assert found["ms_median"] == (3 * 15 + 45) / 4 and found["ms_min"] == (3 * 10 + 30) / 4
+    assert found["ms_per_task_row"] == pytest.approx((3 * 15 + 45) / 14, abs=1e-3)
+    assert found["ratio"] == pytest.approx((60 / 14) / (10 / 4), abs=1e-4)  # alike in both rounds
+
+
+@pytest.mark.parametrize("limit", [0, 255, 256, 700, 4096, 8191, 8192, 9000])
+def test_the_longest_length_that_fits_is_found(limit):
+    tries = []
+
+    def fits(length):
+        tries.append(length)
+        return 1.0 if length <= limit else None
+
+    length, peak = fits_t4.longest(fits, 256, 8192)
+    assert length == min(limit // 256 * 256, 8192)
+    assert (peak is None) == (length == 0)
+    assert len(tries) <= 6
+
+
+def test_running_out_of_memory_is_an_error_in_a_row_and_anything_else_keeps_its_name(loop):
+    def run(error):
+        raise error
+
+    made = tried(loop, partial(run, torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB")))
+    assert made.error == _steps.OUT_OF_MEMORY
+    assert tried(loop, partial(run, ValueError("no\nmore"))).error == "ValueError: no"
+    assert tried(loop, lambda: 3).value == 3
+
+
+def fake_results(folder):
+    meta = {"card": "Card", "torch": "2", "unsloth": "3", "commit": "0123456789", "date": "2026-01"}
+    meta["command"] = "python -m benchmarks.x"
+    ours = {"peak_gib": 2.7, "ms_median": 130.0, "ms_per_task_row": 32.5, "ratio": 1.3}
+    plain = {"peak_gib": 2.68, "ms_median": 100.0, "ms_per_task_row": 25.0, "ratio": 1.0}
+    script = {"peak_gib": 23.77, "ms_median": 400.0, "ms_per_task_row": 100.0}
+    step = [
+        {"shape": "B4xT512", "labelled": 0.5, "arm": arm, **figures}
+        for arm, figures in {
+            "plain_unsloth": plain,
+            "ours_r06": ours,
+            "full_logits": {"error": "out of memory"},
+            "document_script": script,
+        }.items()
+    ]
+    stage = [
+        {"vocab": 256000, "dtype": "fp16", "arm": arm, "ms_median": 9.5, "peak_mib": 600.0}
+        | {"grad_error": error}
+        for arm, error in (("ours", 1.2e-4), ("trl", None))
+    ]
+    fits = [
+        {"batch": 4, "arm": "ours", "longest_length": 8192},
+        {"batch": 4, "arm": "full_logits", "longest_length": 0},
+        {"batch": 4, "arm": "plain_unsloth", "error": "no time left"},
+    ]
+    for name, rows in (("step_cost", step), ("loss_stage", stage), ("fits_t4", fits)):
+        text = json.dumps({"meta": meta, "rows": rows})
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def test_tables_say_what_the_results_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.step_cost() is None and tables.hardware() is None
+    fake_results(tmp_path)
+    cost = tables.step_cost()
+    assert "| plain Unsloth SFT | 2.68 GiB, 100 ms |" in cost
+    assert "| **ours**, default recipe, ratio 0.06 | 2.70 GiB, × 1.30 |" in cost
+    assert "| LwF with full logits on Unsloth | out of memory |" in cost
+    assert "| the document's script | 23.77 GiB, × 4.00 |" in cost
+    assert "50% of the tokens labelled" in cost and "Card, torch 2, unsloth 3" in cost
+    assert "| **ours** | 9.5 ms, 600 MiB, 1.2e-04 |" in tables.loss_stage()
+    assert "| trl | 9.5 ms, 600 MiB, NaN |" in tables.loss_stage()
+    assert "| **ours**, default recipe | 8192 |" in tables.fits_t4()
+    assert "| LwF with full logits on Unsloth | none |" in tables.fits_t4()
+    shown = "| **ours**, default recipe, ratio 0.06 | 2.70 GiB, × 1.30 |  | 8192 |"
+    assert shown in tables.hardware()
+
+
+def test_a_page_keeps_its_text_around_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    page = "before\n<!-- table: fits_t4 -->\nold\n<!-- end -->\nafter\n"
+    assert tables.filled(page) == page, "without a result a table stays"
+    fake_results(tmp_path)
+    new = tables.filled(page)
+    assert new.startswith("before\n<!-- table: fits_t4 -->\n|") and new.endswith("end -->\nafter\n")
+    assert "old" not in new and tables.filled(new) == new
+
+
+def test_the_pages_show_the_committed_results():
+    command = [sys.executable, "benchmarks/tables.py", "--check"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step_cost", "fits_t4", "loss_stage"])
+def test_every_benchmark_runs_in_a_tiny_shape(name, tmp_path):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", "--out", str(tmp_path)]
+    if name != "loss_stage":
+        command += ["--folder", str(tmp_path / "model")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    result = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    assert result["meta"]["command"].startswith(f"python -m benchmarks.{name}")
+    wrong = [row for row in result["rows"] if "error" in row and row["arm"] != "liger"]
+    assert result["rows"] and not wrong
