@@ -50,20 +50,34 @@ def match_model(args: LwFConfig, model: nn.Module) -> None:
             "fp16=True, or leave "
             "both out and the right one is taken."
         )
-    args.gradient_checkpointing = bool(
-        getattr(model, "is_gradient_checkpointing", args.gradient_checkpointing)
-    )
+    _match_checkpointing(args, model)
     limit = getattr(model, "max_seq_length", None)
     if limit and args.max_length and args.max_length > limit:
         logger.warning(
-            "max_length is %d, but the model was loaded for %d tokens: rows are cut at %d as you "
-            "asked. Load with "
-            "ModelConfig(max_seq_length=%d) to be sure of its positions.",
+            "max_length is %d, but the model was loaded for %d tokens, and on a GPU Unsloth looks "
+            "no further: rows are cut at %d. Load with ModelConfig(max_seq_length=%d) for longer "
+            "ones.",
             args.max_length,
             limit,
-            args.max_length,
+            limit,
             args.max_length,
         )
+        args.max_length = limit
+
+
+def _match_checkpointing(args: LwFConfig, model: nn.Module) -> None:
+    """Takes checkpointing as the model was loaded, in the form that Unsloth's own settings pin.
+
+    On CUDA the state of the modules tells nothing: after a trainer was made, or answers, the model
+    is in decoding mode, where it is off.
+    """
+    asked = getattr(model, "_unsloth_gradient_checkpointing", None)
+    if asked is None:
+        asked = getattr(model, "is_gradient_checkpointing", args.gradient_checkpointing)
+    args.gradient_checkpointing = bool(asked)
+    if args.gradient_checkpointing and on_cuda():
+        given = args.gradient_checkpointing_kwargs or {}
+        args.gradient_checkpointing_kwargs = {"use_reentrant": True, **given}
 
 
 def resolve_rows(args: LwFConfig, rehearsal: Any) -> str:

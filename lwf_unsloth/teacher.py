@@ -156,6 +156,7 @@ class ModelTeacher:
         self.head = output_head(model)
         model.requires_grad_(False)
         model.eval()
+        _positions_beside_input(model)
 
     def __str__(self) -> str:
         """One sentence for the user."""
@@ -178,6 +179,22 @@ class ModelTeacher:
             at = self._device()
             mask = None if attention_mask is None else attention_mask.to(at)
             return model_logits(self.model, input_ids.to(at), mask).to(input_ids.device)
+
+
+def _positions_beside_input(model: nn.Module) -> None:
+    """Lets a model on the CPU take its rotary positions from the GPU, where Unsloth keeps them.
+
+    Once Unsloth has loaded a model of an architecture, plain models of it are made with its rotary
+    module too, which answers on the first GPU wherever the model is.
+    """
+    for module in model.modules():
+        if hasattr(module, "multi_gpu_cos_cached"):
+            module.register_forward_hook(_to_input)
+
+
+def _to_input(module: nn.Module, given: tuple[Any, ...], found: tuple[Tensor, ...]) -> Any:
+    """A forward hook: moves the output to the input's device, where it is not there yet."""
+    return tuple(part.to(given[0].device) for part in found)
 
 
 def vocabulary(model: Any) -> int:
