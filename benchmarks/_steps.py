@@ -232,7 +232,7 @@ def trl_gkd(loop: Loop, batch: dict[str, Tensor]) -> Tensor:
     assert loop.second is not None
     ids, mask = batch["input_ids"], batch["attention_mask"]
     student = model_logits(loop.model, ids, mask)
-    teacher = loop.second.logits(ids, mask)
+    teacher = loop.second.logits(ids, mask).float()  # as accelerate's wrapper gives it
     labels = batch["labels"][:, 1:]
     return GKDTrainer.generalized_jsd_loss(
         student_logits=student[:, :-1],
@@ -258,6 +258,6 @@ def tried(loop: Loop, action: Callable[[], Any]) -> SimpleNamespace:
         return SimpleNamespace(value=action(), error=None)
     except Exception as error:
         problem = failure(error)
-        error.__traceback__ = None
+        error.__traceback__ = error.__context__ = None  # whose frames hold tensors
     loop.clean()
     return SimpleNamespace(value=None, error=problem)

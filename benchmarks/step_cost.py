@@ -119,13 +119,20 @@ def cell(
             break
         running = [arm for arm in ready if arm in FIRST or turn < FEW]
         for arm in running if turn % 2 == 0 else reversed(running):
-            for item in ready[arm]:
-                item.times.append(clock(item.run))
+            made = tried(loop, partial(_turn, ready[arm]))
+            if made.error is not None:
+                rows[arm] = {"error": made.error}
+                del ready[arm]
         longest = time.perf_counter() - began
-    for arm, items in ready.items():
-        rows[arm] = record(items, ready.get("plain_unsloth"), size.batch)
+    plain = ready.get("plain_unsloth")
+    rows |= {arm: record(items, plain, size.batch) for arm, items in ready.items()}
     shape = {"shape": str(size), "labelled": size.labelled}
     return [{**shape, "arm": arm, **rows[arm]} for arm in arms]
+
+
+def _turn(items: list[Item]) -> None:
+    for item in items:
+        item.times.append(clock(item.run))
 
 
 def _prepared(loop: Loop, arm: str, size: Size, seed: int) -> list[Item]:

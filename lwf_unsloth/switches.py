@@ -62,14 +62,19 @@ def parts_of(model: nn.Module) -> Parts:
         parts.members.add(id(module))
         if isinstance(module, (nn.modules.dropout._DropoutNd, nn.Embedding)):
             parts.dropouts.append(module)
-        if isinstance(getattr(module, ADAPTER_SWITCH, None), bool):
+        if _has(module, ADAPTER_SWITCH):
             parts.adapters.append(module)
-        if isinstance(getattr(module, "gradient_checkpointing", None), bool):
+        if _has(module, "gradient_checkpointing"):
             parts.checkpointed.append(module)
         parts.dropout_fields += [(module, name) for name in DROPOUT_FIELDS if name in vars(module)]
     vars(model)["_lwf_parts"] = parts
     _walks.add(parts)
     return parts
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether the attribute is the module's own: wrappers pass on that of what they wrap."""
+    return name in vars(module) or hasattr(type(module), name)
 
 
 @contextmanager
@@ -106,12 +111,8 @@ def uncheckpointed(model: nn.Module) -> AbstractContextManager[None]:
     There it would only copy activations away, and Unsloth would count the pass as a training step's
     when it decides which layers to offload.
     """
-    found = parts_of(model).checkpointed
-    return changed([(m, "gradient_checkpointing", False) for m in found if _checkpoints(m)])
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    return bool(module.gradient_checkpointing)
+    found = [module for module in parts_of(model).checkpointed if module.gradient_checkpointing]
+    return changed([(module, "gradient_checkpointing", False) for module in found])
 
 
 def dropout_off(model: nn.Module) -> AbstractContextManager[None]:
