@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lwf_unsloth.teacher import OwnTeacher, Teacher
+from lwf_unsloth.teacher_cache import CachedTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
 
 def save_teacher(teacher: Teacher | None, folder: Path) -> None:
     """Writes what a resume needs to have the same teacher again."""
+    teacher = _live(teacher)
     if teacher is None:
         return
     from safetensors.torch import save_file
@@ -66,7 +68,7 @@ def save_teacher(teacher: Teacher | None, folder: Path) -> None:
 
 def load_teacher(teacher: Teacher | None, folder: Path) -> None:
     """Gives a same-weights teacher back the state it had when the interrupted run began."""
-    path = folder / TEACHER_FILE
+    teacher, path = _live(teacher), folder / TEACHER_FILE
     if not isinstance(teacher, OwnTeacher) or not path.is_file():
         return
     kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
@@ -76,3 +78,8 @@ def load_teacher(teacher: Teacher | None, folder: Path) -> None:
 
         snapshot = load_file(folder / TEACHER_TENSORS)
     teacher.snapshot = snapshot
+
+
+def _live(teacher: Teacher | None) -> Teacher | None:
+    """The teacher behind a cache, which keeps files of its own."""
+    return teacher.teacher if isinstance(teacher, CachedTeacher) else teacher

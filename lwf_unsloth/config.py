@@ -17,6 +17,7 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 LWF_ROWS = ("auto", "rehearsal", "all", "response", "prompt")
 LWF_KL = ("forward", "reverse", "target_masked")
+LWF_CACHE = ("off", "topk", "hidden")
 
 
 def _refuse(name: str, got: object, needed: str, why: str) -> ConfigError:
@@ -194,6 +195,15 @@ class LwFConfig(SFTConfig):
     effect."""
     rehearsal_ce: bool = False
     """Also learn the rehearsal answers by cross entropy (this retrains instead of preserving)."""
+    lwf_cache: str = "off"
+    """Where the teacher's targets of a row come from when it comes again: "off", a forward;
+    "hidden", final hidden states on disk, the same loss to rounding; "topk", on disk the
+    `lwf_cache_k` most probable tokens and the mass of the rest, a KL from below (forward KL at a
+    constant temperature only)."""
+    lwf_cache_k: int = 64
+    """Tokens kept with "topk", 1 or more; 8 bytes each."""
+    lwf_cache_dir: str | None = None
+    """Folder of the cache; None is `output_dir`/teacher_cache. Runs that share it, share rows."""
 
     def __post_init__(self) -> None:
         """Checks the ranges, then TRL's own checks.
@@ -234,6 +244,7 @@ class LwFConfig(SFTConfig):
     def lwf_settings(self) -> dict[str, Any]:
         """The settings that decide the result, as plain values for reports and model cards."""
         names = [f.name for f in fields(LwFConfig) if f.name.startswith(("lwf_", "rehearsal_"))]
+        names.remove("lwf_cache_dir")  # a machine's path
         names += [
             "learning_rate",
             "per_device_train_batch_size",
@@ -277,6 +288,7 @@ def check_lwf(config: LwFConfig) -> None:
         )
     if config.lwf_kl not in LWF_KL:
         raise _refuse("lwf_kl", config.lwf_kl, f"one of {LWF_KL}", "no other direction is built")
+    _check_cache(config)
     if config.train_on not in ("response", "all"):
         raise _refuse(
             "train_on", config.train_on, '"response" or "all"', "it says which tokens are labels"
@@ -291,4 +303,21 @@ def check_lwf(config: LwFConfig) -> None:
             config.label_smoothing_factor,
             "in 0 <= e < 1",
             "it is a share",
+        )
+
+
+def _check_cache(config: LwFConfig) -> None:
+    """Checks the fields of the teacher cache."""
+    if config.lwf_cache not in LWF_CACHE:
+        why = "it says what is kept of the teacher"
+        raise _refuse("lwf_cache", config.lwf_cache, f"one of {LWF_CACHE}", why)
+    k = config.lwf_cache_k
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        why = "it is the number of tokens kept"
+        raise _refuse("lwf_cache_k", k, "a whole number of 1 or more", why)
+    if config.lwf_cache == "topk" and config.lwf_kl != "forward":
+        raise ConfigError(
+            f'lwf_cache is "topk" and lwf_kl is {config.lwf_kl!r}: what the top k leaves out '
+            'decides that direction, so only "forward" can be taken from it. Take '
+            'lwf_cache="hidden", which serves every direction, or lwf_kl="forward".'
         )

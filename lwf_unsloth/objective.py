@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from lwf_unsloth.batches import IGNORED, Roles
 from lwf_unsloth.hidden import head_matches, model_hidden, model_logits, output_head
-from lwf_unsloth.losses import Head, LwfLoss, lwf_loss, lwf_loss_from_logits
+from lwf_unsloth.losses import Head, LwfLoss, TopK, lwf_loss, lwf_loss_from_logits
 from lwf_unsloth.teacher import Teacher
+from lwf_unsloth.teacher_cache import CachedTeacher, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,14 @@ class Objective:
         ids = batch["input_ids"]
         shape = ids.shape  # (B, T)
         places = None if self.teacher is None else kl_places(batch, roles.kl)
+        cached = self._cached(ids, places)
         forward = model_logits if full else model_hidden
         student = forward(model, ids, None).flatten(0, 1)  # (B*T, H or V)
-        teacher = None if places is None else self._teacher_rows(ids, places, full)
+        teacher: Tensor | TopK | None
+        if cached is not None:
+            teacher = cached[0].targets(cached[1], temperature, full)
+        else:
+            teacher = None if places is None else self._teacher_rows(ids, places, full)
         settings: dict[str, Any] = {
             "kl_rows": _widened(roles.kl, False),
             "n_ce": n_ce,
@@ -116,6 +122,16 @@ class Objective:
             ce_rows=_narrowed(loss.ce_rows, shape), kl_rows=_narrowed(loss.kl_rows, shape)
         )
 
+    def _cached(
+        self, ids: Tensor, places: "KlPlaces | None"
+    ) -> tuple[CachedTeacher, Wanted] | None:
+        """The cache and what is asked of it; None in evaluation, which asks the live teacher."""
+        teacher = self.teacher
+        if places is None or not isinstance(teacher, CachedTeacher) or not torch.is_grad_enabled():
+            return None
+        ids = ids[places.rows, : places.length]
+        return teacher, teacher.wanted(ids, places.lengths, places.tokens)
+
     def _teacher_rows(self, ids: Tensor, places: "KlPlaces", full: bool) -> Tensor:
         """Teacher outputs (K, H or V) of the tokens that carry KL, from a forward on their rows
         alone.
@@ -136,6 +152,8 @@ class KlPlaces:
     """Tokens of the longest of them."""
     tokens: Tensor
     """(K,) their tokens with KL, counted through (R, length)."""
+    lengths: list[int]
+    """Tokens of each of them; the rest is padding."""
 
 
 def kl_places(batch: dict[str, Any], kl: Tensor) -> KlPlaces | None:
@@ -156,7 +174,8 @@ def kl_places(batch: dict[str, Any], kl: Tensor) -> KlPlaces | None:
         return None
     rows = torch.tensor([row for row, own in enumerate(found) if own], device=kl.device)
     inside = functional.pad(kl, (0, 1))[rows, :length]  # (R, length)
-    return KlPlaces(rows, length, inside.flatten().nonzero()[:, 0])
+    own_lengths = [own for own in found if own]
+    return KlPlaces(rows, length, inside.flatten().nonzero()[:, 0], own_lengths)
 
 
 def _widened(values: Tensor, last: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lwf_unsloth.alpaca import check_tokenizer
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import LwFCollator, Roles, token_roles
+from lwf_unsloth.cache_plan import with_cache
 from lwf_unsloth.checkpoints import latest_checkpoint, load_teacher, save_teacher
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.hidden import model_logits
@@ -31,6 +32,7 @@ from lwf_unsloth.prechecks import (
 from lwf_unsloth.progress import LwFProgress
 from lwf_unsloth.rehearsal import RehearsalSampler
 from lwf_unsloth.teacher import Teacher, make_teacher
+from lwf_unsloth.teacher_cache import CachedTeacher
 from lwf_unsloth.train_data import ENCODED, RowEncoder
 
 prepare()
@@ -131,7 +133,16 @@ class LwFTrainer(SFTTrainer):
             label_smoothing=self.label_smoothing,
         )
         if given is not None:
-            logger.info("%s", given)
+            self.objective.teacher = with_cache(
+                given,
+                self.args,
+                self._encode.tokenizer,
+                self.rows.dataset,
+                self.rows.n_task,
+                self.lwf_rows,
+                from_logits=self.objective.full_logits,
+            )
+            logger.info("%s", self.teacher)
             if self.rows.n_rehearsal:
                 self._check_stopping(given)
 
@@ -320,6 +331,8 @@ class LwFTrainer(SFTTrainer):
                 return super().train(resume_from_checkpoint=at, **kwargs)
             finally:
                 self._counts = None
+                if isinstance(self.teacher, CachedTeacher):
+                    self.teacher.close()
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; says it when the warm-up is longer than half the run."""
