@@ -71,13 +71,10 @@ def build_tokenizer(tables: dict[str, Any], *, pad_token: str | None = None) -> 
         )
     _add_known_tokens(backend, tables)
     names = _special_names(tables, pad_token)
-    add_bos = bool(tables.get("add_bos_token", False))
-    if add_bos:
-        _put_bos_first(backend, names["bos_token"], tables["bos_token_id"])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
-        add_bos_token=add_bos,
+        add_bos_token=bool(tables.get("add_bos_token", False)),  # its post-processor is saved too
         add_eos_token=False,
         chat_template=tables.get("chat_template"),
         **names,
@@ -173,14 +170,3 @@ def _add_known_tokens(backend: Any, tables: dict[str, Any]) -> None:
     whole = [t for t, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in whole])
-
-
-def _put_bos_first(backend: Any, bos_token: str, bos_id: int) -> None:
-    """Makes the tokenizer itself put BOS in front of every text, also after saving and loading."""
-    from tokenizers import processors
-
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos_token} $A",
-        pair=f"{bos_token} $A {bos_token}:1 $B:1",
-        special_tokens=[(bos_token, bos_id)],
-    )

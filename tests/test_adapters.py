@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+import lwf_unsloth
 from lwf_unsloth.config import ModelConfig
 from lwf_unsloth.errors import ConfigError, ModelError
 
+SAMPLES = Path(lwf_unsloth.__file__).parent / "samples"
 PROMPT = "The quick brown fox jumps over the lazy dog"
 
 
@@ -17,7 +20,7 @@ def load(source, **changes):
     return load_model(ModelConfig(str(source), **{"dtype": "float32", "r": 4, **changes}))
 
 
-def train_a_little(model):
+def train_a_little(model, size=0.05):
     """Moves every LoRA weight, as training would."""
     import torch
 
@@ -25,7 +28,7 @@ def train_a_little(model):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:
-                weight += 0.05 * torch.randn(weight.shape, generator=generator)
+                weight += size * torch.randn(weight.shape, generator=generator)
 
 
 def logits(model, tokenizer):
@@ -402,3 +405,41 @@ def test_merging_to_four_bits_is_refused(saved, tiny_model_dir, tmp_path):
     with pytest.raises(ConfigError, match="16 bits"):
         merge_model(model, tokenizer, tmp_path / "merged", dtype="nf4")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_merging_keeps_the_tokens_that_the_16_bit_base_would_change(tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lwf_unsloth.alpaca import load_alpaca
+    from lwf_unsloth.embedded import embedded_model
+    from lwf_unsloth.model import merge_model, save_adapter
+    from lwf_unsloth.records import prompt_ids
+
+    model, tokenizer = load("smollm2-135m-instruct", r=8)
+    train_a_little(model, size=0.01)
+    folder = merge_model(model, tokenizer, tmp_path / "merged")
+    save_adapter(model, tokenizer, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(
+        embedded_model("smollm2-135m-instruct"), dtype=torch.float32
+    )
+    others = {
+        "merged": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        "16-bit base": PeftModel.from_pretrained(base, tmp_path / "adapter"),
+    }
+    rows = load_alpaca(str(SAMPLES / "general.jsonl"), limit=40, test_size=0.5)["test"]
+    prompts = [torch.tensor([prompt_ids(tokenizer, row["instruction"])]) for row in rows]
+    assert len(prompts) == 20
+
+    def choices(one):
+        one.eval()
+        with torch.no_grad():
+            return torch.cat([one(ids).logits[0].argmax(-1) for ids in prompts])
+
+    wanted = choices(model)
+    kept = {name: (choices(one) == wanted).float().mean().item() for name, one in others.items()}
+    print(kept)
+    assert kept["merged"] >= 0.98 and kept["merged"] > kept["16-bit base"]

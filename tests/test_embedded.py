@@ -55,11 +55,19 @@ def piece_tables() -> dict:
     control = ["<pad>", "<eos>", "<bos>", "<unk>"]
     whole = ["\n", "\n\n", "  ", "<b>"]
     raw = [f"<0x{byte:02X}>" for byte in range(256)]
-    joined = [f"{SPACE}t", "he", f"{SPACE}the", "er", "her", f"{SPACE}there", "re"]
+    joined = {
+        f"{SPACE}t": 3,
+        "he": 1,
+        f"{SPACE}the": 5,
+        "er": 2,
+        "her": 4,
+        f"{SPACE}there": 6,
+        "re": 0,
+    }
     single = [SPACE, *"abcdefghijklmnopqrstuvwxyz"]
-    tokens = control + whole + raw + joined + single
+    tokens = control + whole + raw + list(joined) + single
     scores = [-1000.0] * (len(tokens) - len(joined) - len(single))
-    scores += [-float(rank) for rank in range(len(joined) + len(single))]
+    scores += [-float(rank) for rank in [*joined.values(), *range(7, 7 + len(single))]]
     kinds = [3] * 4 + [4] * 4 + [6] * 256 + [1] * (len(joined) + len(single))
     return {
         "model": "llama",

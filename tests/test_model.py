@@ -187,6 +187,54 @@ def test_a_quantisation_setting_that_the_cpu_ignores_is_an_error(tiny_model_dir,
         load(tiny_model_dir, **changes)
 
 
+@pytest.fixture()
+def arguments(tmp_path, monkeypatch):
+    """What would reach `from_pretrained` on a card with or without bf16 in hardware."""
+    from lwf_unsloth import model
+    from lwf_unsloth.model_files import ModelFiles
+
+    def build(native_bf16=True, **changes):
+        monkeypatch.setattr(model, "on_cuda", lambda: True)
+        monkeypatch.setattr(model, "native_bf16", lambda: native_bf16)
+        return model._arguments(ModelConfig("someone/x", **changes), ModelFiles("someone/x", "hub"))
+
+    return build
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+def test_a_card_without_bf16_gets_fp16_whatever_torch_claims(arguments, dtype):
+    import torch
+
+    assert arguments(native_bf16=False, dtype=dtype)["dtype"] is torch.float16
+    assert arguments(native_bf16=False, dtype="float32")["dtype"] is torch.float32
+
+
+def test_a_card_with_bf16_gets_what_was_asked_for(arguments):
+    import torch
+
+    assert arguments(dtype=None)["dtype"] is None
+    assert arguments(dtype="bfloat16")["dtype"] is torch.bfloat16
+
+
+def test_on_a_gpu_only_changed_quantisation_settings_are_passed(arguments):
+    import torch
+
+    assert "quantization_config" not in arguments()
+    assert "quantization_config" not in arguments(bnb_4bit_quant_type="fp4", load_in_4bit=False)
+    changed = arguments(bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype="float16")
+    quantization = changed["quantization_config"]
+    assert quantization.bnb_4bit_quant_type == "fp4" and quantization.load_in_4bit
+    assert quantization.bnb_4bit_compute_dtype is torch.float16
+    assert "lm_head" in quantization.llm_int8_skip_modules
+
+
+def test_only_safetensors_no_code_and_the_users_own_placement(arguments):
+    usual = arguments(device_map={"": 1}, revision="v2", token="t", max_seq_length=77)
+    assert usual["use_safetensors"] is True and usual["trust_remote_code"] is False
+    assert usual["device_map"] == {"": 1} and usual["revision"] == "v2" and usual["token"] == "t"
+    assert usual["max_seq_length"] == 77 and "device_map" not in arguments()
+
+
 def test_pickled_weights_are_refused_and_not_run(folder, tmp_path):
     import pickle
 
