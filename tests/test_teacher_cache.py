@@ -587,3 +587,26 @@ def test_the_cards_settings_name_no_folder(tmp_path):
     settings = LwFConfig(str(tmp_path), bf16=False, lwf_cache_dir=str(tmp_path)).lwf_settings()
     assert settings["lwf_cache"] == "off"
     assert str(tmp_path) not in json.dumps(settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, dtype", [("gemma", "float16"), ("llama", "bfloat16")])
+@pytest.mark.parametrize("mode", ["hidden", "topk"])
+def test_on_cuda_epoch_2_makes_no_teacher_forward_and_trains_alike(
+    tmp_path, monkeypatch, kind, dtype, mode
+):
+    import gpu_shapes
+
+    folder = gpu_shapes.build(kind, tmp_path / "model")
+    found = []
+    for cache in ("off", mode):
+        model, tokenizer = gpu_shapes.load(folder, dtype=dtype)
+        trainer = gpu_shapes.make_trainer(
+            model, tokenizer, tmp_path / cache, num_train_epochs=2, lwf_rows="all", lwf_cache=cache
+        )
+        seen = count_rows(monkeypatch)
+        trainer.train()
+        found.append((losses(trainer), kls(trainer)))
+    assert sum(seen) == len({tuple(ids) for ids in trainer.train_dataset["input_ids"]})
+    assert found[1][1][0] < 1e-4
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.05 if mode == "topk" else 5e-3)
