@@ -258,6 +258,7 @@ def _given(values: Tensor | None) -> Tensor:
 def _provenance(model: Any, tokenizer: Any, encoded: list[dict[str, Any]]) -> dict[str, Any]:
     """Which weights and which data gave the numbers."""
     state, weights = adapter_state(model)
+    loaded = getattr(model, "lwf_loaded", None)
     ids = json.dumps([[row["input_ids"], row["labels"]] for row in encoded])
     return {
         "template": get_template(tokenizer).name,
@@ -265,6 +266,7 @@ def _provenance(model: Any, tokenizer: Any, encoded: list[dict[str, Any]]) -> di
         if encoded[0]["input_ids"][0] == tokenizer.bos_token_id
         else None,
         "model": model_name(model),
+        "bits": getattr(loaded, "bits", None),
         "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
         "adapter": state,
         "weights": weights,

@@ -170,6 +170,34 @@ def test_full_logits_of_an_unknown_head_give_the_same_numbers(tiny_peft, monkeyp
         assert getattr(full, name) == pytest.approx(getattr(usual, name), rel=1e-4)
 
 
+def test_a_saved_adapter_loaded_anew_scores_as_it_did_after_training(
+    tiny_peft, tiny_model_dir, alpaca_rows, tmp_path
+):
+    from lwf_unsloth.adapters import save_adapter
+    from lwf_unsloth.config import LwFConfig
+    from lwf_unsloth.model import load_adapter
+    from lwf_unsloth.trainer import LwFTrainer
+
+    model, tokenizer = tiny_peft()
+    args = LwFConfig(
+        str(tmp_path / "run"),
+        max_steps=2,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    rows = alpaca_rows(8)
+    LwFTrainer(model, args=args, processing_class=tokenizer, train_dataset=rows).train()
+    trained = score(model, tokenizer, UNEQUAL)
+    save_adapter(model, tokenizer, tmp_path / "adapter")
+    again = score(*load_adapter(tmp_path / "adapter", base=str(tiny_model_dir)), UNEQUAL)
+    assert trained.kl > 0
+    assert again.row_nll == pytest.approx(trained.row_nll, abs=1e-3)
+    assert again.row_base_nll == pytest.approx(trained.row_base_nll, abs=1e-3)
+    assert again.settings["weights"] == trained.settings["weights"]
+
+
 def test_dropout_has_no_effect_on_a_score(tiny_peft):
     model, tokenizer = tiny_peft(lora_dropout=0.5)
     change_adapter(model)
@@ -194,7 +222,7 @@ def test_what_decides_the_numbers_is_recorded(tiny_peft):
     settings = score(model, tokenizer, UNEQUAL).to_dict()["settings"]
     assert settings["template"] == "alpaca"
     assert settings["bos"] == "<s>"
-    assert settings["dtype"] == "float32"
+    assert (settings["bits"], settings["dtype"]) == (4, "float32")
     assert settings["scored"] == "response"
     assert settings["adapter"] == "untrained"
     change_adapter(model)
