@@ -19,18 +19,20 @@ STEPS = 3
 
 
 def write_profile(loop: Loop, size: Size, seed: int, folder: Path) -> None:
-    """Writes step_cost_profile.txt: plain and ours with KL on all rows, every token labelled."""
-    batch = loop.batch(size, 0, seed)
-    arms: list[tuple[str, Loss]] = [
-        ("plain_unsloth", _steps.plain_unsloth),
-        ("ours_all", _steps.ours_all),
+    """Writes step_cost_profile.txt: plain and ours with every token labelled, and with half."""
+    half = Size(size.batch, size.length, 0.5)
+    cases: list[tuple[str, Size, int, Loss]] = [
+        ("plain_unsloth", size, 0, _steps.plain_unsloth),
+        ("ours_all", size, 0, _steps.ours_all),
+        ("plain_unsloth", half, 0, _steps.plain_unsloth),
+        ("ours, one rehearsal row", half, 1, _steps.ours_rehearsal),
     ]
-    lines = [f"{size}, every token labelled; ms a step\n"]
-    for name, loss in arms:
-        step = partial(loop.step, loss, batch)
+    lines = [f"{size}; ms a step. Stages are clocked one by one: what overlaps else adds up here."]
+    for name, shape, rehearsal, loss in cases:
+        step = partial(loop.step, loss, loop.batch(shape, rehearsal, seed))
         step()
-        found = stages(loop, step)
-        lines += [f"\n{name}", *(f"  {ms:9.2f}  {stage}" for stage, ms in found.items())]
+        lines += [f"\n{name}, {shape.labelled:.0%} of the tokens labelled"]
+        lines += [f"  {ms:9.2f}  {stage}" for stage, ms in stages(loop, step).items()]
         lines += kernels(step)
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
@@ -39,14 +41,14 @@ def write_profile(loop: Loop, size: Size, seed: int, folder: Path) -> None:
 
 
 def stages(loop: Loop, step: Callable[[], Any]) -> dict[str, float]:
-    """Mean ms of each stage over a few steps, the whole step last."""
+    """Mean ms of the whole step, left alone, and of its stages, each from idle to idle."""
+    alone = [clock(step) for _ in range(STEPS)]
     times: dict[str, list[float]] = {}
     with _stamped(loop, times):
-        whole = [clock(step) for _ in range(STEPS)]
+        whole = sum(clock(step) for _ in range(STEPS)) / STEPS
     found = {name: sum(part) / STEPS for name, part in times.items()}
-    found["whole step"] = sum(whole) / STEPS
-    found["rest (optimizer, clipping, waits)"] = 2 * found["whole step"] - sum(found.values())
-    return found
+    rest = whole - sum(found.values())
+    return {"whole step": sum(alone) / STEPS, **found, "rest (roles, clipping, optimizer)": rest}
 
 
 @contextmanager

@@ -93,12 +93,11 @@ def _config(folder: Path, tiny: bool) -> Any:
     return ModelConfig(str(folder), max_seq_length=128 if tiny else LENGTH, dtype=dtype, r=8)
 
 
-def load_student(folder: Path, tiny: bool) -> nn.Module:
-    """4 bits, LoRA r 8 on 7 modules, checkpointing "unsloth"."""
+def load_student(folder: Path, tiny: bool) -> tuple[nn.Module, Any]:
+    """(model, tokenizer): 4 bits, LoRA r 8 on 7 modules, checkpointing "unsloth"."""
     from lwf_unsloth.model import load_model
 
-    model, _ = load_model(_config(folder, tiny))
-    return model
+    return load_model(_config(folder, tiny))
 
 
 def load_second(folder: Path, tiny: bool) -> nn.Module:

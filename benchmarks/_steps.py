@@ -6,9 +6,12 @@ AdamW. Ours are called as `LwFTrainer` calls them, counts and meter included.
 
 import gc
 import math
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +24,8 @@ from lwf_unsloth.hidden import causal_lm, model_hidden, model_logits
 from lwf_unsloth.losses import Head
 from lwf_unsloth.meters import Meter
 from lwf_unsloth.objective import Objective
-from lwf_unsloth.teacher import ModelTeacher, Teacher, make_teacher
+from lwf_unsloth.teacher import ModelTeacher, OwnTeacher, Teacher, make_teacher
+from lwf_unsloth.teacher_cache import CachedTeacher
 
 LAMBDA = 2.0
 """lwf_lambda's default."""
@@ -71,14 +75,17 @@ Loss = Callable[["Loop", dict[str, Tensor]], Tensor]
 class Loop:
     """A model in training: loss, backward, clipping, optimizer."""
 
-    def __init__(self, model: nn.Module, rate: float = 1e-5) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, rate: float = 1e-5) -> None:
         from accelerate import Accelerator
 
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
+        self.scratch = tempfile.TemporaryDirectory()
         self.base = causal_lm(model)
         self.device = model.get_input_embeddings().weight.device
         self.vocab = int(self.base.config.vocab_size)
-        self.teacher = make_teacher(model)
+        teacher = make_teacher(model)
+        assert isinstance(teacher, OwnTeacher)
+        self.teacher = teacher
         self.second: Teacher | None = None
         start: Any = getattr(model, "for_training", model.train)
         start()
@@ -168,30 +175,21 @@ def ours_rehearsal(loop: Loop, batch: dict[str, Tensor]) -> Tensor:
     return through(loop, loop.objective, batch, "rehearsal")
 
 
-@dataclass
-class CachedTeacher:
-    """Hidden states of one batch in pinned CPU memory, as a warm cache gives them."""
-
-    head: Head | None
-    states: Tensor
-    """(B, T, H)"""
-    kind: str = "cache"
-
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The states, copied to the device."""
-        return self.states.to(input_ids.device, non_blocking=True)
-
-    def logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Not kept."""
-        raise NotImplementedError
-
-
 def ours_all_cached(loop: Loop, batch: dict[str, Tensor]) -> Loss:
-    """KL on every token with the teacher's hidden states at hand, filled in from the batch."""
-    states = loop.teacher.hidden(batch["input_ids"], None).cpu()
-    states = states.pin_memory() if on_cuda() else states
-    objective = Objective(loop.head, CachedTeacher(loop.head, states))
-    return lambda loop, batch: through(loop, objective, batch, "all")
+    """KL on every token with a warm cache of the teacher's hidden states, filled here with the
+    batch, closed, and opened anew: it is read from its files.
+    """
+    products = str(loop.head.weight.dtype).removeprefix("torch.")
+    folder = Path(loop.scratch.name) / f"cache-{len(os.listdir(loop.scratch.name))}"
+    teacher = CachedTeacher(loop.teacher, "hidden", folder, loop.tokenizer, products=products)
+    objective = Objective(loop.head, teacher)
+
+    def loss(loop: Loop, batch: dict[str, Tensor]) -> Tensor:
+        return through(loop, objective, batch, "all")
+
+    loop.step(loss, batch)
+    teacher.close()
+    return loss
 
 
 def full_logits(loop: Loop, batch: dict[str, Tensor]) -> Tensor:

@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], 
     rows: list[dict[str, Any]] = []
     with free_memory(options.free_gib) as free:
         print(f"{free:.2f} GiB free", flush=True)
-        loop = Loop(load_student(folder, options.smoke))
+        loop = Loop(*load_student(folder, options.smoke))
         for batch, arm in itertools.product(options.batches, options.arms):
             row: dict[str, Any] = {"batch": batch, "arm": arm}
             if time.perf_counter() - start > options.budget_seconds:

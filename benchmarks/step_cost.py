@@ -9,8 +9,9 @@ without padding; `labelled` 0.5 masks the first half of every task row. A step i
 and optimizer. Arms run in rounds whose order alternates; medians count, and `ratio`, the cost per
 task row against plain, is the median over rounds of ratios within a round. The rehearsal arms run
 the make-ups of batches that hold their share exactly (ours_r06: 1/16, ours_r20: 1/5), weighted as
-they come. ours_all_cached takes the teacher's hidden states from pinned CPU memory. The document's
-script runs in a process of its own, without Unsloth.
+they come. ours_all_cached reads the teacher's hidden states from a warm cache on disk (the page
+cache serves it, as in an epoch after the first). The document's script runs in a process of its
+own, without Unsloth.
 """
 
 import argparse
@@ -75,12 +76,12 @@ def items_of(loop: Loop, arm: str, size: Size, seed: int) -> list[Item]:
     return found
 
 
-def warm(loop: Loop, item: Item) -> None:
+def warm(item: Item) -> None:
     """Steps for kernels and buffers (Unsloth's offloading settles in the second), then the peak."""
     for _ in range(2 if item.arm == "plain_unsloth" else 1):
         item.run()
-    loop.clean()
     if CUDA:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     loss = float(item.run())
     if CUDA:
@@ -136,9 +137,10 @@ def _turn(items: list[Item]) -> None:
 
 
 def _prepared(loop: Loop, arm: str, size: Size, seed: int) -> list[Item]:
+    loop.clean()
     items = items_of(loop, arm, size, seed)
     for item in items:
-        warm(loop, item)
+        warm(item)
     return items
 
 
@@ -210,7 +212,7 @@ def measure(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], 
     start = time.perf_counter()
     prepare()
     folder = make_folder(options.folder, options.smoke)
-    loop = Loop(load_student(folder, options.smoke))
+    loop = Loop(*load_student(folder, options.smoke))
     sizes = [Size.of(shape, share) for shape in options.shapes for share in options.labelled]
     rows: list[dict[str, Any]] = []
     single = [arm for arm in (*FIRST, *OTHERS) if arm in options.arms]

@@ -20,8 +20,8 @@ from benchmarks._steps import Kind, Loop, Size, period, tried  # noqa: E402
 @pytest.fixture()
 def loop(tiny_peft):
     """A tiny model in training whose LoRA has moved away from its teacher."""
-    model, _ = tiny_peft()
-    loop = Loop(model)
+    model, tokenizer = tiny_peft()
+    loop = Loop(model, tokenizer)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(7)
         for name, p in model.named_parameters():
@@ -42,6 +42,8 @@ def test_arms_with_kl_on_all_rows_compute_the_same_loss(loop, tiny_peft, labelle
         name: value(getattr(_steps, name), loop, batch)
         for name in ("ours_all", "full_logits", "two_calls", "two_models")
     }
+    rates = [group.update(lr=0.0) for group in loop.optimizer.param_groups]
+    assert len(rates) == 1, "filling the cache takes a step, which must not move the student"
     found["ours_all_cached"] = value(_steps.ours_all_cached(loop, batch), loop, batch)
     assert found == pytest.approx(dict.fromkeys(found, found["full_logits"]), rel=1e-4)
     kl_alone = found["full_logits"] - value(_steps.plain_unsloth, loop, batch)
@@ -192,9 +194,16 @@ def test_every_benchmark_runs_in_a_tiny_shape(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", "--out", str(tmp_path)]
     if name != "loss_stage":
         command += ["--folder", str(tmp_path / "model")]
+    if name == "step_cost":
+        arms = ("plain_unsloth", "ours_all_cached", "ours_r20", "two_models", "document_script")
+        command += ["--profile", "--labelled", "0.5", "--arms", *arms]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     result = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert result["meta"]["command"].startswith(f"python -m benchmarks.{name}")
-    wrong = [row for row in result["rows"] if "error" in row and row["arm"] != "liger"]
-    assert result["rows"] and not wrong
+    wrong = {row["arm"]: row["error"] for row in result["rows"] if "error" in row}
+    missing = {arm for arm, error in wrong.items() if error.startswith("ModuleNotFoundError")}
+    assert result["rows"] and missing <= {"liger", "trl"} and set(wrong) == missing
+    if name == "step_cost":
+        told = (tmp_path / "step_cost_profile.txt").read_text(encoding="utf-8")
+        assert "teacher's forward" in told and "backward" in told
