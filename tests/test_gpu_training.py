@@ -1,0 +1,323 @@
+"""Training through Unsloth's CUDA path: loading, teacher, KL, precision, gradients, resume."""
+
+import math
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from lwf_unsloth.backend import prepare  # noqa: E402
+
+prepare()
+
+import gpu_shapes as gpu  # noqa: E402
+from conftest import SENTENCES  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from lwf_unsloth.hidden import head_matches, model_hidden, model_logits, output_head  # noqa: E402
+
+BOTH = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a Llama and of a Gemma shape, and of the Gemma pre-quantised to 4 bits."""
+    root = tmp_path_factory.mktemp("shapes")
+    made = {kind: gpu.build(kind, root / kind) for kind in ("llama", "gemma")}
+    return {**made, "prequantised": gpu.quantise(made["gemma"], root / "gemma-4bit")}
+
+
+@pytest.fixture()
+def llama(folders):
+    """Factory: (model, tokenizer) of the Llama shape in 4 bits."""
+    return lambda dtype="float16", **changes: gpu.load(folders["llama"], dtype, **changes)
+
+
+def test_a_folder_is_loaded_in_4_bits_and_the_sentence_says_so(llama):
+    model, _ = llama()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    assert type(layer).__name__ == "Linear4bit" and layer.weight.dtype == torch.uint8
+    assert layer.weight.numel() * 2 == 128 * 128, "two weights a byte"
+    loaded = model.lwf_loaded
+    assert (loaded.bits, loaded.quantized_layers, loaded.linear_layers) == (4, 14, 14)
+    assert "4-bit weights (nf4, double quantisation)" in str(loaded)
+    assert torch.cuda.get_device_name() in str(loaded)
+    assert next(model.parameters()).is_cuda
+
+
+def test_a_prequantised_folder_keeps_its_4_bit_weights_even_if_16_bits_are_asked_for(folders):
+    from safetensors.torch import load_file
+
+    model, _ = gpu.load(folders["prequantised"], load_in_4bit=False)
+    saved = load_file(folders["prequantised"] / "model.safetensors")
+    weight = model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight
+    assert torch.equal(weight.data.cpu(), saved["model.layers.1.mlp.up_proj.weight"])
+    assert model.lwf_loaded.bits == 4
+    assert "load_in_4bit=False was asked for" in str(model.lwf_loaded)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["llama", "gemma", "prequantised"])
+def test_hidden_states_times_the_head_are_the_models_logits(folders, kind, dtype):
+    model, tokenizer = gpu.load(folders[kind], dtype)
+    gpu.disturb(model)
+    model.for_training()
+    ids, mask = gpu.tokens(tokenizer, SENTENCES[:3])
+    head = output_head(model)
+    assert head is not None and head_matches(model, head, ids[:1])
+    with torch.no_grad():
+        hidden = model_hidden(model, ids, mask)
+        logits = model_logits(model, ids, mask)
+    assert hidden.shape == (*ids.shape, 128) and logits.shape[-1] == head.weight.shape[0]
+    ours = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight)
+    real = mask.bool()
+    rounding = {"float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    assert (ours - logits)[real].abs().max() <= rounding * logits[real].abs().max()
+
+
+@BOTH
+def test_the_teacher_is_the_base_before_and_after_training(llama, folders, tmp_path, dtype):
+    from lwf_unsloth.config import ModelConfig
+    from lwf_unsloth.model import load_base
+
+    model, tokenizer = llama(dtype)
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, learning_rate=0.05)
+    ids, mask = gpu.tokens(tokenizer, SENTENCES[:3])
+    real = mask.bool()
+
+    def teacher():
+        model.for_training()
+        return trainer.teacher.hidden(ids, mask)[real].float()
+
+    before = teacher()
+    trainer.train()
+    assert torch.equal(teacher(), before), "bit for bit, after training too"
+    with torch.no_grad():
+        student = model_hidden(model, ids, mask)[real].float()
+        base, _, _ = load_base(ModelConfig(str(folders["llama"]), dtype=dtype, max_seq_length=512))
+        alone = base(input_ids=ids, attention_mask=mask).logits[real].float()
+        head = trainer.objective.head.weight
+        ours = torch.nn.functional.linear(before.to(head.dtype), head).float()
+    rounding = {"float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    assert (ours - alone).abs().max() <= rounding * alone.abs().max()
+    assert (student - before).abs().max() > 20 * rounding
+
+
+@BOTH
+def test_kl_is_exactly_0_at_the_first_step_and_above_0_after(llama, tmp_path, dtype):
+    model, tokenizer = llama(dtype)
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, rehearsal=0, lwf_rows="all")
+    trainer.train()
+    kl = gpu.logged(trainer, "kl")
+    assert kl[0] == 0.0
+    assert len(kl) == 3 and min(kl[1:]) > 0 and all(map(math.isfinite, kl))
+
+
+def test_kl_on_rehearsal_rows_alone_starts_at_0_up_to_rounding(llama, tmp_path):
+    """The teacher sees fewer rows than the student, and another shape is another cuBLAS kernel."""
+    model, tokenizer = llama()
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path)
+    trainer.train()
+    kl = gpu.logged(trainer, "kl_rehearsal")
+    assert 0 <= kl[0] < 1e-4 and kl[-1] > 10 * kl[0]
+
+
+class Steps(TrainerCallback):
+    """Notes at every optimizer step whether it was skipped, and the loss scale."""
+
+    def __init__(self):
+        self.skipped, self.scales = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.skipped.append(bool(self.trainer.accelerator.optimizer_step_was_skipped))
+        scaler = self.trainer.accelerator.scaler
+        self.scales.append(scaler.get_scale() if scaler is not None else 1.0)
+
+
+def test_fp16_trains_under_a_gradscaler_without_nan(llama, tmp_path):
+    model, tokenizer = llama("float16")
+    steps = Steps()
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, callbacks=[steps], num_train_epochs=4)
+    steps.trainer = trainer
+    start = gpu.trained(model)
+    trainer.train()
+    losses = gpu.logged(trainer)
+    assert trainer.accelerator.scaler is not None
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert all(math.isfinite(scale) and scale > 0 for scale in steps.scales)
+    assert len(steps.skipped) == 16 and sum(steps.skipped) <= 4
+    after = gpu.trained(model)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert all(not torch.equal(after[name], start[name]) for name in start)
+
+
+def test_bf16_trains_without_a_scaler(llama, tmp_path):
+    model, tokenizer = llama("bfloat16")
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, num_train_epochs=3)
+    trainer.train()
+    losses = gpu.logged(trainer)
+    assert trainer.accelerator.scaler is None
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+@BOTH
+def test_exactly_one_of_fp16_and_bf16_is_on_and_it_is_the_models(llama, tmp_path, dtype):
+    model, tokenizer = llama(dtype)
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path)
+    assert (trainer.args.fp16, trainer.args.bf16) == (dtype == "float16", dtype == "bfloat16")
+    assert trainer.accelerator.mixed_precision == {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+    assert not trainer.args.fp16_full_eval and not trainer.args.bf16_full_eval
+
+
+def test_asking_for_the_other_precision_is_refused(llama, tmp_path):
+    model, tokenizer = llama("float16")
+    with pytest.raises((TypeError, ValueError), match="(?i)float16|fp16"):
+        gpu.make_trainer(model, tokenizer, tmp_path, bf16=True)
+
+
+@BOTH
+@pytest.mark.parametrize("rows", ["rehearsal", "all"])
+def test_batch_8x1_equals_1x8_and_2x4_in_gradient(llama, tmp_path, rows, dtype):
+    model, tokenizer = llama(dtype)
+    gpu.disturb(model)
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, lwf_rows=rows)
+    batch = gpu.mixed_rows(trainer)
+    assert sum(row["is_rehearsal"] for row in batch) == 2
+    whole, loss = gpu.gradients(trainer, batch, 8)
+    rounding = {"float16": 0.01, "bfloat16": 0.06}[dtype]
+    for micro in (4, 2, 1):
+        parts, parts_loss = gpu.gradients(trainer, batch, micro)
+        assert parts_loss == pytest.approx(loss, rel=rounding)
+        assert gpu.distance(parts, whole) < rounding, micro
+
+
+def test_checkpointing_unsloth_true_and_false_give_the_same_gradients(llama, tmp_path):
+    found = {}
+    for way in (False, True, "unsloth"):
+        model, tokenizer = llama("float16", use_gradient_checkpointing=way)
+        gpu.disturb(model)
+        trainer = gpu.make_trainer(model, tokenizer, tmp_path, lwf_rows="all")
+        found[way] = gpu.gradients(trainer, gpu.mixed_rows(trainer), 4)
+        model.zero_grad()
+    for way in (True, "unsloth"):
+        assert found[way][1] == pytest.approx(found[False][1], rel=1e-4)
+        assert gpu.distance(found[way][0], found[False][0]) < 1e-3, way
+
+
+def test_the_one_pass_gives_the_gradient_of_full_logits(llama, tmp_path):
+    model, tokenizer = llama("float16")
+    gpu.disturb(model)
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, lwf_rows="all", lwf_temperature=2.0)
+    rows = gpu.mixed_rows(trainer)
+    one_pass, loss = gpu.gradients(trainer, rows, 4)
+    trainer.objective.head = None
+    full, full_loss = gpu.gradients(trainer, rows, 4)
+    assert full_loss == pytest.approx(loss, rel=5e-3)
+    assert gpu.distance(full, one_pass) < 0.02
+
+
+def test_only_lora_gets_gradients_and_stays_in_fp32(llama, tmp_path):
+    model, tokenizer = llama("float16")
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, eval_dataset=gpu.numbered(4, "held"))
+    found, _ = gpu.gradients(trainer, gpu.mixed_rows(trainer), 4)
+    assert len(found) == 28 and all("lora_" in name for name in found)
+    trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    assert {p.dtype for p in gpu.trained(model).values()} == {torch.float32}
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def test_lambda_0_without_rehearsal_has_the_losses_of_sfttrainer(llama, tmp_path):
+    from trl import SFTTrainer
+
+    model, tokenizer = llama("bfloat16")
+    ours = gpu.make_trainer(model, tokenizer, tmp_path, rehearsal=0, lwf_lambda=0.0)
+    ours.train()
+    model, tokenizer = llama("bfloat16")
+    plain = SFTTrainer(
+        model,
+        args=ours.args,
+        processing_class=tokenizer,
+        train_dataset=ours.train_dataset.remove_columns(["is_rehearsal", "prompt_length"]),
+    )
+    plain.train()
+    assert len(gpu.logged(ours)) == 3
+    assert gpu.logged(ours) == pytest.approx(gpu.logged(plain), rel=2e-3)
+
+
+def test_resume_after_a_kill_equals_the_uninterrupted_run(llama, tmp_path):
+    class Killed(RuntimeError):
+        pass
+
+    class KillAt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise Killed
+
+    run = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
+    whole = gpu.make_trainer(*llama("bfloat16"), tmp_path / "whole", **run)
+    whole.train()
+    first = gpu.make_trainer(*llama("bfloat16"), tmp_path / "cut", callbacks=[KillAt()], **run)
+    with pytest.raises(Killed):
+        first.train()
+    second = gpu.make_trainer(*llama("bfloat16"), tmp_path / "cut", **run)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == whole.state.global_step == 8
+    assert gpu.logged(second)[4:] == pytest.approx(gpu.logged(whole)[4:], rel=5e-3)
+    start = gpu.trained(llama("bfloat16")[0])
+    moved = {n: v - start[n] for n, v in gpu.trained(whole.model).items()}
+    again = {n: v - start[n] for n, v in gpu.trained(second.model).items()}
+    assert gpu.distance(again, moved) < 0.05
+
+
+def test_an_adapter_already_trained_is_the_teacher_of_the_next_task(llama, tmp_path):
+    model, tokenizer = llama("float16")
+    gpu.disturb(model)
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, rehearsal=0, lwf_rows="all")
+    assert trainer.teacher.kind == "snapshot"
+    start = gpu.trained(model)
+    trainer.train()
+    kl = gpu.logged(trainer, "kl")
+    assert kl[0] == 0.0 and min(kl[1:]) > 0
+    assert all(torch.equal(trainer.teacher.snapshot[n], v) for n, v in start.items())
+
+
+def test_a_second_model_on_the_gpu_can_be_the_teacher(llama, folders, tmp_path):
+    other, _ = gpu.load(folders["llama"], "float16", load_in_4bit=False)
+    model, tokenizer = llama("float16")
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, teacher=other)
+    assert trainer.teacher.kind == "model" and "cuda" in str(trainer.teacher)
+    trainer.train()
+    kl = gpu.logged(trainer, "kl")
+    assert 0 < kl[0] < 1 and all(map(math.isfinite, kl)), "16-bit against 4-bit weights"
+
+
+def test_a_second_model_on_the_cpu_can_be_the_teacher(llama, folders, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = llama("float16")  # Unsloth's patches come first: the harder order
+    other = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    trainer = gpu.make_trainer(model, tokenizer, tmp_path, teacher=other)
+    assert "cpu" in str(trainer.teacher)
+    trainer.train()
+    kl = gpu.logged(trainer, "kl")
+    assert 0 < kl[0] < 1 and all(map(math.isfinite, kl)), "16-bit against 4-bit weights"
+
+
+def test_a_second_trainer_on_the_same_model_checkpoints_and_trains_as_the_first(llama, tmp_path):
+    model, tokenizer = llama("float16")
+    start = gpu.trained(model)
+    first = gpu.make_trainer(model, tokenizer, tmp_path)
+    first.train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in start:
+                p.copy_(start[name])
+    second = gpu.make_trainer(model, tokenizer, tmp_path)
+    assert second.teacher.kind == "adapter_off"
+    second.train()
+    assert gpu.logged(second) == pytest.approx(gpu.logged(first), rel=2e-3)
