@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 import zipfile
 from dataclasses import replace
 
@@ -436,8 +437,14 @@ def test_a_conversion_that_dies_leaves_nothing_behind(cache, no_pip, monkeypatch
     assert [p for p in cache.iterdir() if p.is_dir()] == []
 
 
-def test_of_several_at_once_one_converts(cache, fake_make):
-    found = []
+def test_of_several_at_once_one_converts(cache, fake_make, monkeypatch):
+    quick, found = embedded._make, []
+
+    def slow(spec, target):  # long enough for the others to find no model and wait
+        time.sleep(1)
+        quick(spec, target)
+
+    monkeypatch.setattr(embedded, "_make", slow)
     threads = [
         threading.Thread(target=lambda: found.append(embedded_model("tiny"))) for _ in range(4)
     ]
