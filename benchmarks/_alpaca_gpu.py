@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from lwf_unsloth.model import load_model
 
     started = time.perf_counter()
-    settings: dict[str, Any] = {"dtype": "float32", "max_seq_length": 256} if options.smoke else {}
+    settings: dict[str, Any] = {"dtype": "float32", "max_seq_length": 512} if options.smoke else {}
     model, tokenizer = load_model(
         ModelConfig(
             options.model,
