@@ -42,10 +42,16 @@ def meta(settings: dict[str, Any], seed: int | list[int]) -> dict[str, Any]:
         **{name: installed.get(name, "-") for name in names},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{script}", *_shown(sys.argv[1:])]),
         "settings": settings,
         "seed": seed,
     }
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """Without the options that only name a place on this machine."""
+    places = {i for i, word in enumerate(arguments) if word in ("--out", "--folder")}
+    return [word for i, word in enumerate(arguments) if not {i, i - 1} & places]
 
 
 def write_result(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lwf_unsloth.backend import on_cuda
 from lwf_unsloth.batches import token_roles
@@ -193,8 +194,16 @@ def ours_all_cached(loop: Loop, batch: dict[str, Tensor]) -> Loss:
 
 
 def full_logits(loop: Loop, batch: dict[str, Tensor]) -> Tensor:
-    """The same loss with both models' logits whole, by autograd."""
-    return through(loop, Objective(None, loop.teacher), batch, "all")
+    """Textbook: the logits of both whole, as the Trainer's wrapper gives them in fp32."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    student = model_logits(loop.model, ids, None)  # (B, T, V)
+    teacher = loop.teacher.logits(ids, None)
+    following = functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    ce = functional.cross_entropy(student.flatten(0, 1), following, reduction="sum")
+    log_q, log_p = (logits[:, :-1].log_softmax(-1) for logits in (student, teacher))
+    del teacher
+    kl = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return ce / (following >= 0).sum() + LAMBDA * kl / ids[:, 1:].numel()
 
 
 def two_calls(loop: Loop, batch: dict[str, Tensor]) -> Tensor:

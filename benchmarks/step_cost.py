@@ -206,30 +206,34 @@ def with_peak_ratio(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Every cell, then the arms with a second model, then the document's script."""
+    """The document's script while nothing else is on the card, every cell, then the arms with a
+    second model.
+    """
     from benchmarks._shape import load_second, load_student, make_folder
 
     start = time.perf_counter()
     prepare()
     folder = make_folder(options.folder, options.smoke)
-    loop = Loop(*load_student(folder, options.smoke))
     sizes = [Size.of(shape, share) for shape in options.shapes for share in options.labelled]
     rows: list[dict[str, Any]] = []
-    single = [arm for arm in (*FIRST, *OTHERS) if arm in options.arms]
-    second = [arm for arm in SECOND if arm in options.arms]
-    later = (0.15 if second else 0.0) + (0.2 if "document_script" in options.arms else 0.0)
-
-    def left(share: float) -> float:
-        return options.budget_seconds * share - (time.perf_counter() - start)
 
     def add(found: list[dict[str, Any]]) -> None:
         rows.extend(found)
         for row in found:
-            print(row, flush=True)
+            print(f"{time.perf_counter() - start:4.0f} s", row, flush=True)
         save(with_peak_ratio(rows))
 
+    if "document_script" in options.arms:
+        add(document_rows(folder, sizes, max(options.budget_seconds / 3, 90.0)))
+    second = [arm for arm in SECOND if arm in options.arms]
+    single = [arm for arm in (*FIRST, *OTHERS) if arm in options.arms]
+    if not (second or single):
+        return
+    loop = Loop(*load_student(folder, options.smoke))
+    until = start + options.budget_seconds * (0.8 if second else 1.0)
     for place, size in enumerate(sizes):
-        seconds = left(1.0 - later) * weight_of(size) / sum(map(weight_of, sizes[place:]))
+        share = weight_of(size) / sum(map(weight_of, sizes[place:]))
+        seconds = (until - time.perf_counter()) * share
         add(cell(loop, size, single, options.rounds, seconds, options.seed))
         loop.clean()
     if options.profile:
@@ -240,22 +244,24 @@ def measure(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], 
     if second:
         made = tried(loop, lambda: loop.use_second(load_second(folder, options.smoke)))
         for size in sizes:
-            if made.error is not None:
-                shape = {"shape": str(size), "labelled": size.labelled}
-                add([{**shape, "arm": arm, "error": made.error} for arm in second])
-                continue
-            found = cell(loop, size, ["plain_unsloth", *second], FEW, 0.0, options.seed)
-            add([row for row in found if row["arm"] in second])
+            add(second_rows(loop, size, second, made.error, options.seed))
             loop.clean()
-        loop.second = None
-        loop.clean()
-    if "document_script" in options.arms:
-        add(document_rows(folder, sizes, max(left(1.0), 90.0)))
+
+
+def second_rows(
+    loop: Loop, size: Size, arms: list[str], problem: str | None, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of the arms with a second model, beside plain's rounds, which are not shown again."""
+    if problem is not None:
+        shape = {"shape": str(size), "labelled": size.labelled}
+        return [{**shape, "arm": arm, "error": problem} for arm in arms]
+    found = cell(loop, size, ["plain_unsloth", *arms], FEW, 0.0, seed)
+    return [row for row in found if row["arm"] in arms]
 
 
 def weight_of(size: Size) -> float:
     """A cell's share of the time: its tokens, and something for starting up."""
-    return size.batch * size.length + 4096
+    return size.batch * size.length + 8192
 
 
 def main() -> None:
@@ -264,7 +270,7 @@ def main() -> None:
     parser.add_argument("--labelled", type=float, nargs="+", default=[1.0, 0.5])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=12, help="at most")
-    parser.add_argument("--budget-seconds", type=float, default=300.0)
+    parser.add_argument("--budget-seconds", type=float, default=360.0)
     parser.add_argument("--folder", type=Path, help="the model; made where it is not there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder of the result; default benchmarks/results")

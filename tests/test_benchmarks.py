@@ -200,7 +200,8 @@ def test_every_benchmark_runs_in_a_tiny_shape(name, tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     result = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
-    assert result["meta"]["command"].startswith(f"python -m benchmarks.{name}")
+    assert result["meta"]["command"].startswith(f"python -m benchmarks.{name} --smoke")
+    assert str(tmp_path) not in json.dumps(result), "no place on this machine"
     wrong = {row["arm"]: row["error"] for row in result["rows"] if "error" in row}
     missing = {arm for arm, error in wrong.items() if error.startswith("ModuleNotFoundError")}
     assert result["rows"] and missing <= {"liger", "trl"} and set(wrong) == missing
