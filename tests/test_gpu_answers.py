@@ -70,7 +70,16 @@ def test_a_left_padded_batch_answers_as_one_by_one(half):
     assert sum(same) >= len(same) - 2, "elsewhere a tie may fall the other way in half precision"
 
 
-def test_in_fp32_a_left_padded_batch_is_the_same_to_the_last_token(folder):
+@pytest.fixture()
+def no_tf32():
+    """Products of fp32 with all their bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_in_fp32_a_left_padded_batch_is_the_same_to_the_last_token(folder, no_tf32):
     model, tokenizer = gpu.load(folder, "float32", load_in_4bit=False)
     gpu.disturb(model, 0.2)
     prompts = [*QUESTIONS, LONG]
