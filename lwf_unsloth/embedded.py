@@ -203,7 +203,8 @@ def _convert(gguf: Path, out: Path, spec: EmbeddedModel) -> None:
     )
     # save_pretrained refuses while the model still counts as GGUF-quantised; it is not any more.
     model.hf_quantizer = None
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # transformers 5.10 does not set it
+        del model.config.quantization_config
     model.config._model_name_or_path = None
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
