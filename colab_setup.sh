@@ -25,7 +25,7 @@ gguf==0.19.0                >=0.17
 ipywidgets==8.1.9           >=8
 matplotlib==3.11.2          >=3.9
 rich==15.0.0                >=13
-typer==0.29.2               >=0.15
+typer==0.29.2               >=0.19
 json5==0.17.3               >=0.9.25
 msgspec==0.22.0             >=0.18
 nest-asyncio==1.6.0         >=1.5
