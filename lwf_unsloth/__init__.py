@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import save_adapter
     from .alpaca import AlpacaData, LoadReport, load_alpaca, load_text
+    from .checkup import doctor
     from .comparison import Comparison, compare
     from .config import LwFConfig, ModelConfig
     from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .losses import Head, lwf_loss
     from .merging import merge_model
     from .model import default_model, load_adapter, load_model
+    from .preflight import Fit, fits
     from .records import PromptTemplate, set_template
     from .rehearsal import mix_rehearsal
     from .samples import sample_path
@@ -31,6 +33,7 @@ _HOME = {
     "ConfigError": "errors",
     "DEMO_PROMPTS": "generation",
     "DataError": "errors",
+    "Fit": "preflight",
     "Head": "losses",
     "LoadReport": "alpaca",
     "LwFConfig": "config",
@@ -42,6 +45,8 @@ _HOME = {
     "TeacherError": "errors",
     "compare": "comparison",
     "default_model": "model",
+    "doctor": "checkup",
+    "fits": "preflight",
     "generate": "generation",
     "load_adapter": "model",
     "load_alpaca": "alpaca",

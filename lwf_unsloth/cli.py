@@ -171,28 +171,13 @@ def evaluate(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, device, and what is known to fail."""
-    from lwf_unsloth.backend import BAD_PAIRS, PACKAGES, device_name, native_bf16, prepare, versions
+    """Show versions, device, memory, disk, switches, and what is known to fail."""
+    from lwf_unsloth.checkup import examine
 
-    found = versions()
-    typer.echo(f"Python {sys.version.split()[0]}, {sys.platform}")
-    for name in PACKAGES:
-        typer.echo(f"{name:14} {found[name]}")
-    missing = [name for name in PACKAGES[1:] if found[name] == "-"]  # the first is this package
-    if missing:
-        raise ConfigError(
-            f"Not installed: {', '.join(missing)}. Nothing trains without them. Run "
-            "`bash colab_setup.sh` in the project's folder."
-        )
-    prepare()
-    typer.echo(f"{'device':14} {device_name()}")
-    typer.echo(f"{'bf16':14} {'native' if native_bf16() else 'no (fp16 or fp32 is taken)'}")
-    for torch_version, switches in BAD_PAIRS.items():
-        if found["torch"].startswith(f"{torch_version}."):
-            typer.echo(
-                f"torch {torch_version} is known to fail with Unsloth; set for it: {switches}"
-            )
-    typer.echo("No problem found.")
+    found = examine()
+    typer.echo(str(found))
+    if found.problems:
+        raise ConfigError(" ".join(found.problems))
 
 
 def read_prompt_file(path: Path) -> list[dict[str, str] | str]:

@@ -29,6 +29,7 @@ from lwf_unsloth.prechecks import (
     warn_stopping,
     warn_warmup,
 )
+from lwf_unsloth.preflight import tell_memory
 from lwf_unsloth.progress import LwFProgress
 from lwf_unsloth.rehearsal import RehearsalSampler
 from lwf_unsloth.teacher import Teacher, make_teacher
@@ -121,6 +122,7 @@ class LwFTrainer(SFTTrainer):
             self.model_accepts_loss_kwargs = True  # the loss is divided here, not by the Trainer
         if not self.args.disable_tqdm:
             _show_progress(self)
+        tell_memory(self.model, self.args, self.rows.dataset, self.lwf_rows)
         self._counts: Tensor | None = None
         self._meters = {"train": Meter(), "eval": Meter()}
         given = make_teacher(self.model, teacher) if self.args.lwf_lambda > 0 else None
