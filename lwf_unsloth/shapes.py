@@ -173,12 +173,17 @@ def _positions(config: Any) -> int:
 
 
 def _checkpointing(model: Any) -> str:
-    """What a loaded model does with its layers' activations."""
+    """What a loaded model does with its layers' activations in training.
+
+    As it was loaded: the modules' own state is off after answers, or in a new trainer.
+    """
     from lwf_unsloth.backend import on_cuda
 
-    if not getattr(model, "is_gradient_checkpointing", False):
+    way = getattr(model, "_unsloth_gradient_checkpointing", None)
+    if way is None:
+        way = getattr(model, "is_gradient_checkpointing", False)
+    if not way:
         return "everything"
-    way = getattr(model, "_unsloth_gradient_checkpointing", "unsloth")
     return "unsloth" if way == "unsloth" and on_cuda() else "inputs"
 
 
