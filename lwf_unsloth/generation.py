@@ -164,6 +164,9 @@ def _run_batch(
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=ends,
+        # Unsloth gives Gemma 3 a static cache, for which transformers would compile the decoding
+        # step anew for every shape of a batch: minutes, for answers of seconds.
+        disable_compile=True,
         logits_processor=[TokenRules(decoding, paddings, seeds)],
     )
     return out[:, width:].tolist()

@@ -17,6 +17,7 @@ prepare()
 import gpu_shapes as gpu  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+from lwf_unsloth.alpaca import prompt_ids  # noqa: E402
 from lwf_unsloth.evaluation import score  # noqa: E402
 from lwf_unsloth.generation import generate  # noqa: E402
 from lwf_unsloth.hidden import model_logits  # noqa: E402
@@ -60,14 +61,23 @@ def state(model, tokenizer):
 
 
 def test_a_left_padded_batch_answers_as_one_by_one(half):
+    """In half precision a batch rounds otherwise than a row alone, so near ties may fall the other
+    way; where the first answers part, the two tokens must have been as good as tied.
+    """
     model, tokenizer, _ = half
     prompts = [*QUESTIONS, LONG, "Write code to calculate prime numbers."]
     together = generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=16)
     alone = generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=1)
-    same = [a.text == b.text for a, b in zip(together, alone, strict=True)]
-    known = len(QUESTIONS) - 1
-    assert all(same[:known]), "what it knows by heart has no near ties"
-    assert sum(same) >= len(same) - 2, "elsewhere a tie may fall the other way in half precision"
+    for question, a, b in zip(prompts, together, alone, strict=True):
+        left, right = (tokenizer(x.text, add_special_tokens=False).input_ids for x in (a, b))
+        at = next((i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), None)
+        if at is None:
+            continue
+        ids = torch.tensor([prompt_ids(tokenizer, question) + right[:at]], device="cuda")
+        with torch.no_grad():
+            logits = model_logits(model, ids, torch.ones_like(ids))[0, -1].float()
+        gap = (logits[right[at]] - logits[left[at]]).abs()
+        assert gap <= 0.02 * (logits.max() - logits.min()), (question, at, float(gap))
 
 
 @pytest.fixture()
