@@ -154,7 +154,7 @@ def _answer(model: Any, tokenizer: Any, data: DemoData, max_new_tokens: int, lab
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "label": label}
     asked = [{"instruction": row["instruction"]} for row in data.heldout]
     return Answers(
-        generate(model, tokenizer, asked, batch_size=33, **settings),
+        generate(model, tokenizer, asked, batch_size=max(1, len(asked)), **settings),
         generate(model, tokenizer, GENERAL_PROMPTS, **settings),
     )
 

@@ -154,17 +154,10 @@ def test_markup_in_an_answer_is_shown_as_text():
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """The demo as users run it, on the embedded SmolLM2, less the run at lambda 0."""
-    import torch
-
     from lwf_unsloth.demo import run_demo
 
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(2, threads))
-    try:
-        yield run_demo(folder, "smollm2-135m-instruct", lambda0=False), folder
-    finally:
-        torch.set_num_threads(threads)
+    return run_demo(folder, "smollm2-135m-instruct", lambda0=False), folder
 
 
 @pytest.mark.slow
