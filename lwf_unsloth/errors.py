@@ -1,4 +1,4 @@
-"""The errors a user can meet: each says what it got, what it needed, why it matters and what to do."""
+"""The errors a user can meet: each says what it got, what it needed, why, and what to do."""
 
 
 class LwfError(ValueError):

@@ -103,4 +103,3 @@ def _json(values: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else type(value).__name__
-

@@ -19,8 +19,10 @@ ORDER = """
 errors backend config
 load_report formats rows selection sources templates codec records alpaca rehearsal
 loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden schedules
-gguf_files gguf_tokenizer embedded bases model_files loaded model_card adapters merging model checkup memory shapes preflight
-locks teacher cache_parts teacher_identity teacher_cache cache_plan batches checkpoints objective meters prechecks progress train_data trainer
+gguf_files gguf_tokenizer embedded bases model_files loaded model_card adapters merging model
+checkup memory shapes preflight
+locks teacher cache_parts teacher_identity teacher_cache cache_plan
+batches checkpoints objective meters prechecks progress train_data trainer
 decoding answers generation
 self_rehearsal markup comparison evaluation sweep plots widgets
 train_file demo_view demo_data demo cli __main__
