@@ -6,7 +6,6 @@ is instant.
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -207,9 +206,6 @@ def main() -> None:
     """Runs a command; an error of ours is a message and exit code 2, without a traceback."""
     given = sys.argv[1:]
     debug = "--debug" in given
-    # Threads that wait give their core away: spinning beside any other busy process makes a
-    # training step on a CPU ten times slower. Read by torch when it is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # answers may hold any character, terminals may not
             stream.reconfigure(errors="replace")
