@@ -241,14 +241,18 @@ pip_words() { # its errors, and which requirements are in each other's way
 }
 
 pip_install() { # pip_install WHAT TO-DO ARGUMENT...
-  local what=$1 todo=$2
+  local what=$1 todo=$2 code=0
   shift 2
-  if ! "$PY" -m pip install --no-input --disable-pip-version-check --progress-bar off \
-    --no-warn-script-location "$@" >"$WORK/pip.log" 2>&1; then
-    [ "$todo" = "go on" ] && return 1
-    pip_words
-    stop "pip could not install $what (its own words are above)" "$todo"
+  "$PY" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+    --no-warn-script-location "$@" >"$WORK/pip.log" 2>&1 || code=$?
+  if [ "$code" = 0 ]; then return; fi
+  if [ "$code" -gt 128 ]; then
+    stop "pip was ended from outside while it installed $what (signal $((code - 128)))" \
+      "free memory if that was the reason, then run it again: it goes on from here"
   fi
+  [ "$todo" = "go on" ] && return 1
+  pip_words
+  stop "pip could not install $what (its own words are above)" "$todo"
 }
 
 install() { # install venv|running; sets INSTALLED

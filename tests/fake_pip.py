@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 from pathlib import Path
@@ -63,6 +64,8 @@ def main() -> None:
         log.write(json.dumps(call) + "\n")
     bad = os.environ.get("FAKE_PIP_FAIL")
     if bad and any(bad in word for word in [*arguments, *wanted]):
+        if "FAKE_PIP_KILLED" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
         sys.exit(f"ERROR: No matching distribution found for {bad}")
     held = os.environ.get("FAKE_PIP_CONFLICT")
     if held and any(pin.startswith(f"{held}==") for pin in constraints):

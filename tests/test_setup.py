@@ -287,6 +287,12 @@ def test_where_the_cpu_build_is_not_in_reach_pypis_torch_is_taken(place: Place) 
     assert place.installed()["torch"] == pins()["torch"][0]
 
 
+def test_a_pip_that_is_killed_is_not_taken_for_an_index_out_of_reach(place: Place) -> None:
+    run = place.run(FAKE_PIP_FAIL="torch==", FAKE_PIP_KILLED="1")
+    assert run.returncode == 1 and len(place.calls()) == 1
+    assert "(signal 9)" in run.stdout and "run it again" in run.stdout
+
+
 def test_with_a_gpu_the_cpu_build_is_not_asked_for(place: Place) -> None:
     place.tool("nvidia-smi", 'echo "GPU 0: Tesla T4"')
     run = place.run()
