@@ -75,7 +75,7 @@ def demo() -> str | None:
     ]
     seeds = ", ".join(str(run["seed"]) for run in runs)
     return as_table(["`lwf-unsloth demo`, SmolLM2-135M in 4 bits", "before", "after"], rows) + (
-        f"\nMean of {len(runs)} runs (seeds {seeds}), {mean('steps'):.0f} steps, "
+        f"\nMean of {len(runs)} run(s) (seed {seeds}), {mean('steps'):.0f} steps, "
         f"{mean('seconds') / 60:.1f} minutes each." + source(result)
     )
 
@@ -262,9 +262,7 @@ def hardware() -> str | None:
         lines.append([*line, cell.removeprefix(_memory(large))])
     if lengths.get("plain_unsloth"):
         head.append("longest, batch 4")
-        lines = [
-            [*line, _length(lengths.get(arm))] for arm, line in zip(arms, lines, strict=False)
-        ]
+        lines = [[*line, _length(lengths.get(arm))] for arm, line in zip(arms, lines, strict=False)]
     note = (
         "\nRandom weights in Gemma-2B's shape, half of the tokens labelled: peak GPU memory, and "
         "time per task row at batch 16 × 1024 (plain: a step; the others: times plain). At batch "

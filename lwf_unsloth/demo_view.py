@@ -38,7 +38,9 @@ class DemoView:
     def stage(self, text: str) -> None:
         """Begins the next stage."""
         self.at += 1
-        self.console.print(Text(f"\n[{self.at}/{self.stages}] {text}", style="bold"))
+        self.console.print(
+            Text(f"\n[{self.at}/{self.stages}] {text}", style="bold"), soft_wrap=True
+        )
 
     def say(self, text: str) -> None:
         """A line under a stage."""
