@@ -255,14 +255,14 @@ def hardware() -> str | None:
     lines = []
     for arm in arms:
         small, large = half.get((arm, "B4xT512"), {}), half.get((arm, "B16xT1024"), {})
-        if not small.get("peak_gib") or not large.get("peak_gib"):
+        if not (small.get("peak_gib") or large.get("peak_gib")):
             continue
-        line = [STEPS[arm], f"{small['peak_gib']:.2f} GiB", f"{large['peak_gib']:.2f} GiB"]
-        cell = _step_cell(half, arm, "B16xT1024")
-        lines.append([*line, cell.removeprefix(_memory(large))])
-    if lengths.get("plain_unsloth"):
-        head.append("longest, batch 4")
-        lines = [[*line, _length(lengths.get(arm))] for arm, line in zip(arms, lines, strict=False)]
+        sizes = [f"{r['peak_gib']:.2f} GiB" if r.get("peak_gib") else "" for r in (small, large)]
+        time = _step_cell(half, arm, "B16xT1024")
+        time = time.removeprefix(_memory(large)) if large.get("peak_gib") else time
+        longest = [_length(lengths.get(arm))] if fits else []
+        lines.append([STEPS[arm], *sizes, time, *longest])
+    head += ["longest, batch 4"] if fits else []
     note = (
         "\nRandom weights in Gemma-2B's shape, half of the tokens labelled: peak GPU memory, and "
         "time per task row at batch 16 × 1024 (plain: a step; the others: times plain). At batch "
