@@ -478,6 +478,40 @@ def test_rehearsal_rows_that_are_held_out_are_left_out_and_told(make_trainer, al
     assert "2 rehearsal rows are left out" in caplog.text
 
 
+def test_the_prompts_token_ids_are_the_same_in_training_generation_and_evaluation(
+    make_trainer, alpaca_rows, monkeypatch
+):
+    from lwf_unsloth import evaluation
+    from lwf_unsloth.generation import generate
+
+    rows = alpaca_rows(4)
+    trainer = make_trainer(task=Dataset.from_list(rows))
+    model, tokenizer = trainer.model, trainer.processing_class
+
+    def prompts(encoded):
+        return {tuple(row["input_ids"][: row["prompt_length"]]) for row in encoded}
+
+    asked, scored = set(), set()
+    answer, encode = model.generate, evaluation.encode_rows
+
+    def generating(*args, **kwargs):
+        for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
+            asked.add(tuple(ids[mask.bool()].tolist()))
+        return answer(*args, **kwargs)
+
+    def encoding(*args, **kwargs):
+        found = encode(*args, **kwargs)
+        scored.update(prompts(found[0]))
+        return found
+
+    monkeypatch.setattr(model, "generate", generating)
+    monkeypatch.setattr(evaluation, "encode_rows", encoding)
+    generate(model, tokenizer, rows, max_new_tokens=2)
+    evaluation.score(model, tokenizer, rows)
+    trained_on = prompts(row for row in trainer.rows.dataset if not row["is_rehearsal"])
+    assert len(trained_on) == 4 and asked == trained_on and scored == trained_on
+
+
 def test_the_bar_shows_both_terms(make_trainer, capfd):
     make_trainer(disable_tqdm=False).train()
     shown = capfd.readouterr()
