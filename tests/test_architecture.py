@@ -22,9 +22,11 @@ loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switche
 gguf_files gguf_tokenizer embedded bases model_files loaded model_card adapters merging model
 checkup memory shapes preflight
 locks teacher cache_parts teacher_identity teacher_cache cache_plan
-batches checkpoints objective meters prechecks progress train_data trainer
-decoding answers generation
-self_rehearsal markup comparison evaluation sweep plots widgets
+decoding answers generation written_rows self_rehearsal
+batches checkpoints objective meters kl_meter prechecks progress train_data trainer
+scoring intervals leak answer_scores evaluation dial best_adapter
+markup forms diagnosis advice comparison
+forgetting plots skill_data harness sweep widgets
 train_file demo_view demo_data demo cli __main__
 """.split()
 ABOVE_ALL = {"lwf_unsloth"}  # the lazy __init__: the version may be read from it
