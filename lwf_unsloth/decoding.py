@@ -7,13 +7,20 @@ global random state is used.
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.locks import innermost
 
 if TYPE_CHECKING:
     import torch
+
+GENERIC_GENERATE = "unsloth_base_fast_generate"
+"""Name of the function by which Unsloth replaces `generate` of models without fast decoding."""
+STATIC_CACHE = "_supports_static_cache"
 
 
 def _check(name: str, value: Any, kind: type, low: float, high: float, needed: str) -> None:
@@ -175,3 +182,33 @@ class TokenRules:
         wanted = cumulative.new_tensor(draws).unsqueeze(1) * cumulative[:, -1:]  # (B, 1)
         token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
+
+
+@contextmanager
+def uncompiled_decoding(model: Any) -> Iterator[None]:
+    """Decodes without torch.compile where Unsloth's generic path (Gemma 3 and later) would use it.
+
+    That path forces a static KV cache and runs the blocks that it compiled for training, which
+    torch.compile then traces anew as the sequence grows: minutes for answers of seconds (seen on
+    an H100 with gemma-3-270m). Models with fast decoding of Unsloth's own are left alone.
+
+    Args:
+        model: The model, wrapped or not.
+    """
+    import torch
+
+    base = innermost(model)
+    generic = getattr(getattr(base, "generate", None), "__name__", "") == GENERIC_GENERATE
+    if not generic:
+        yield
+        return
+    had = vars(base).get(STATIC_CACHE)
+    setattr(base, STATIC_CACHE, False)  # read by that path: a cache that grows
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        if had is None:
+            delattr(base, STATIC_CACHE)
+        else:
+            setattr(base, STATIC_CACHE, had)

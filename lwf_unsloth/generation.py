@@ -9,7 +9,7 @@ from typing import Any
 
 from lwf_unsloth.answers import Answer, Generations
 from lwf_unsloth.backend import prepare
-from lwf_unsloth.decoding import Decoding, TokenRules, row_seed
+from lwf_unsloth.decoding import Decoding, TokenRules, row_seed, uncompiled_decoding
 from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.locks import innermost, kept_state, model_lock
 from lwf_unsloth.records import prompt_ids
@@ -156,19 +156,17 @@ def _run_batch(
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([[pad] * n + row for n, row in zip(paddings, prompts, strict=True)])
     mask = torch.tensor([[0] * n + [1] * (width - n) for n in paddings])
-    out: torch.Tensor = model.generate(  # (B, width + new)
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=ends,
-        # Unsloth gives Gemma 3 a static cache, for which transformers would compile the decoding
-        # step anew for every shape of a batch: minutes, for answers of seconds.
-        disable_compile=True,
-        logits_processor=[TokenRules(decoding, paddings, seeds)],
-    )
+    with uncompiled_decoding(model):
+        out: torch.Tensor = model.generate(  # (B, width + new)
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=decoding.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=ends,
+            logits_processor=[TokenRules(decoding, paddings, seeds)],
+        )
     return out[:, width:].tolist()
 
 
@@ -212,6 +210,13 @@ def _check_context(model: Any, prompts: list[list[int]], max_new_tokens: int) ->
             f"together {length + max_new_tokens}, but the model has {limit} positions: beyond them "
             f"it writes noise. Set max_new_tokens to {max(limit - length, 0)} or less, or shorten "
             "the prompt."
+        )
+    loaded = getattr(model, "max_seq_length", None)  # Unsloth's CUDA path cuts what is longer
+    if isinstance(loaded, int) and length > loaded:
+        raise ConfigError(
+            f"Prompt {longest} has {length} tokens, but the model was loaded with max_seq_length "
+            f"{loaded}: the end of the prompt would be cut off unseen. Load it with "
+            f"max_seq_length={length} or more, or shorten the prompt."
         )
 
 

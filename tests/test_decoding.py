@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch
 
 from lwf_unsloth.backend import prepare
-from lwf_unsloth.decoding import Decoding, TokenRules, row_seed
+from lwf_unsloth.decoding import Decoding, TokenRules, row_seed, uncompiled_decoding
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +91,27 @@ def test_the_caption_names_what_is_on():
     )
     for part in ("temperature 0.7", "top_p 0.9", "penalty 1.1", "ngram_size 3", "seed 4"):
         assert part in line
+
+
+def test_the_generic_path_of_unsloth_decodes_uncompiled_and_its_model_is_left_as_it_was():
+    compiled = torch.compile(lambda x: torch.compiler.is_compiling())
+    seen = []
+
+    class Generic(torch.nn.Module):
+        _supports_static_cache = True
+
+        def unsloth_base_fast_generate(self):
+            seen.append((self._supports_static_cache, compiled(torch.ones(1))))
+
+    model = Generic()
+    model.generate = model.unsloth_base_fast_generate
+    with uncompiled_decoding(model):
+        model.generate()
+    assert seen == [(False, False)] and model._supports_static_cache
+    assert "_supports_static_cache" not in vars(model)
+
+    other = Generic()
+    other.generate = lambda: seen.append(other._supports_static_cache)
+    with uncompiled_decoding(other):
+        other.generate()
+    assert seen[-1] is True, "fast decoding of a model's own is not touched"

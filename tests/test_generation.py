@@ -417,6 +417,14 @@ def test_an_answer_that_does_not_fit_the_context_is_refused_with_the_number_that
         generate(base, tiny_tokenizer, "Sleep?", max_new_tokens=fits + 1)
 
 
+def test_a_prompt_longer_than_the_loaded_length_is_refused_instead_of_cut(
+    base, tiny_tokenizer, monkeypatch
+):
+    monkeypatch.setattr(base, "max_seq_length", 16, raising=False)
+    with pytest.raises(ConfigError, match="max_seq_length 16: the end of the prompt"):
+        generate(base, tiny_tokenizer, "Sleep?", max_new_tokens=4)
+
+
 @pytest.mark.parametrize(
     "prompts",
     [
