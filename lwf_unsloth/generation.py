@@ -87,6 +87,47 @@ def generate(
     )
 
 
+def continue_ids(
+    model: Any,
+    tokenizer: Any,
+    starts: list[list[int]],
+    seeds: list[int],
+    decoding: Decoding,
+    *,
+    adapter: bool = True,
+) -> list[tuple[list[int], bool]]:
+    """Continues token ids as they stand, all in one batch; the model is left as it was found.
+
+    Args:
+        model: The model, PEFT or not.
+        tokenizer: Its tokenizer.
+        starts: Token ids of each row, one or more; no template is put around them.
+        seeds: Each row's own seed.
+        decoding: The settings.
+        adapter: False continues with the adapter off.
+
+    Returns:
+        For each row the new ids, without the terminator, and whether the model ended there by
+        itself.
+
+    Raises:
+        ConfigError: A row does not fit the model's context.
+        ModelError: The model is in use by another thread, or its adapter cannot be switched off.
+    """
+    prepare()
+    with model_lock(model, "writing"), kept_state(model, tokenizer), _adapter(model, adapter):
+        _check_context(model, starts, decoding.max_new_tokens)
+        inner = text_tokenizer(tokenizer)
+        ends = terminators(model, inner)
+        _switch_to_inference(model)
+        new = _run_batch(model, inner, starts, seeds, decoding, ends)
+    found = []
+    for ids in new:
+        end = next((at for at, token in enumerate(ids) if token in ends), None)
+        found.append((ids[:end], end is not None))
+    return found
+
+
 def read_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, str]]:
     """Prompts of any accepted form as (instruction, input).
 
