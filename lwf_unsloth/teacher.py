@@ -103,20 +103,19 @@ class OwnTeacher:
         """Swaps the storages: autocast's cache of cast weights is cleared, since it goes by
         tensor.
         """
+        self._swap()
         try:
-            self._swap()
             yield
         finally:
             self._swap()
 
     def _swap(self) -> None:
+        """All or nothing: what may fail, bringing a resumed snapshot to the device, comes first."""
         assert self.snapshot is not None
         parameters = dict(self.model.named_parameters())
-        for name in self.snapshot:
-            parameter = parameters[name]
-            kept = self.snapshot[name].to(parameter.device)
-            self.snapshot[name] = parameter.data
-            parameter.data = kept
+        kept = {name: t.to(parameters[name].device) for name, t in self.snapshot.items()}
+        for name, tensor in kept.items():
+            self.snapshot[name], parameters[name].data = parameters[name].data, tensor
         torch.clear_autocast_cache()
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -143,8 +142,9 @@ class ModelTeacher:
             student: The model to train.
 
         Raises:
-            TeacherError: The two vocabularies have different sizes.
+            TeacherError: No model, the student itself, or a vocabulary of another size.
         """
+        _check_apart(model, student)
         ours, theirs = vocabulary(student), vocabulary(model)
         if ours != theirs:
             raise TeacherError(
@@ -181,6 +181,26 @@ class ModelTeacher:
             return model_logits(self.model, input_ids.to(at), mask).to(input_ids.device)
 
 
+def _check_apart(teacher: Any, student: nn.Module) -> None:
+    """Refuses what is no second model: the teacher is frozen, and so would be what it shares.
+
+    Raises:
+        TeacherError: Not a loaded model, or one that holds weights of the student.
+    """
+    if not isinstance(teacher, nn.Module):
+        raise TeacherError(
+            f"teacher is a {type(teacher).__name__}, but must be a loaded model: take "
+            "load_model(...)[0], or leave `teacher` out and the model as it stands now is taken."
+        )
+    own = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise TeacherError(
+            "The teacher holds weights of the model that is to be trained (it is that model, or "
+            "its base). A teacher is frozen, so nothing would be learned. Leave `teacher` out: the "
+            "model as it stands now is the teacher then, at no memory."
+        )
+
+
 def _positions_beside_input(model: nn.Module) -> None:
     """Lets a model on the CPU take its rotary positions from the GPU, where Unsloth keeps them.
 
@@ -211,7 +231,7 @@ def make_teacher(student: nn.Module, teacher: nn.Module | None = None) -> Teache
         teacher: A second model, or None.
 
     Raises:
-        TeacherError: The second model has another vocabulary.
+        TeacherError: The second model is none, or has another vocabulary.
     """
     if teacher is not None:
         return ModelTeacher(teacher, student)
