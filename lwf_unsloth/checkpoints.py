@@ -2,10 +2,12 @@
 
 import json
 import logging
+import zipfile
 from pathlib import Path
 
 from torch import Tensor
 
+from lwf_unsloth.errors import TeacherError
 from lwf_unsloth.teacher import OwnTeacher, Teacher
 from lwf_unsloth.teacher_cache import CachedTeacher
 
@@ -14,6 +16,8 @@ logger = logging.getLogger(__name__)
 TEACHER_FILE = "lwf_teacher.json"
 TEACHER_TENSORS = "lwf_teacher.safetensors"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+ARCHIVES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+"""Files of torch.save, which end in a zip's directory: one that was cut off has none."""
 
 
 def is_complete(folder: Path) -> bool:
@@ -22,8 +26,13 @@ def is_complete(folder: Path) -> bool:
 
     if any(not (folder / name).is_file() for name in NEEDED):
         return False
+    archives = [path for pattern in ARCHIVES for path in folder.glob(pattern)]
+    if not all(map(zipfile.is_zipfile, archives)):
+        return False
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        if _kind(folder) == "snapshot" and not (folder / TEACHER_TENSORS).is_file():
+            return False
         weights = list(folder.glob("*.safetensors"))
         for path in weights:
             with safe_open(path, framework="pt") as tensors:
@@ -67,17 +76,43 @@ def save_teacher(teacher: Teacher | None, folder: Path) -> None:
 
 
 def load_teacher(teacher: Teacher | None, folder: Path) -> None:
-    """Gives a same-weights teacher back the state it had when the interrupted run began."""
-    teacher, path = _live(teacher), folder / TEACHER_FILE
-    if not isinstance(teacher, OwnTeacher) or not path.is_file():
+    """Gives a same-weights teacher back the state it had when the interrupted run began.
+
+    Raises:
+        TeacherError: The interrupted run had a second model as teacher and this one has none, or
+            the other way round.
+    """
+    teacher, kind = _live(teacher), _kind(folder)
+    if teacher is None or kind is None:
         return
-    kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
+    if (kind == "model") != (teacher.kind == "model"):
+        had, now = ("a second model", "none") if kind == "model" else ("none", "a second model")
+        raise TeacherError(
+            f"{folder.name} comes from a run with {had} as teacher, this run has {now}: the rest "
+            "of it would keep what another model knew. Make the trainer with the same `teacher` as "
+            "before, or start a new run in another output_dir."
+        )
+    if not isinstance(teacher, OwnTeacher):
+        return
     snapshot: dict[str, Tensor] | None = None
     if kind == "snapshot":
         from safetensors.torch import load_file
 
         snapshot = load_file(folder / TEACHER_TENSORS)
     teacher.snapshot = snapshot
+
+
+def _kind(folder: Path) -> str | None:
+    """Kind of the teacher that a checkpoint came from, None where it does not say.
+
+    Raises:
+        ValueError: The file that says it was cut off.
+    """
+    path = folder / TEACHER_FILE
+    if not path.is_file():
+        return None
+    kind = json.loads(path.read_text(encoding="utf-8")).get("kind")
+    return None if kind is None else str(kind)
 
 
 def _live(teacher: Teacher | None) -> Teacher | None:
