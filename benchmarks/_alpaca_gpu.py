@@ -165,7 +165,7 @@ class Job:
 
     def measured(self, suffix: str, answers: Any) -> dict[str, Any]:
         """EOS rate and NLLs of the model as it stands; those of the base without a suffix."""
-        from lwf_unsloth.evaluation import score
+        from lwf_unsloth.scoring import score
 
         after, before = self.split(answers, demo=False), self.split(self.before, demo=False)
         found = {

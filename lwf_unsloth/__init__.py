@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .comparison import Comparison, compare
     from .config import LwFConfig, ModelConfig
     from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
-    from .evaluation import score
     from .generation import DEMO_PROMPTS, generate
     from .losses import Head, lwf_loss
     from .merging import merge_model
@@ -22,7 +21,9 @@ if TYPE_CHECKING:
     from .preflight import Fit, fits
     from .records import PromptTemplate, set_template
     from .rehearsal import mix_rehearsal
+    from .row_writer import self_rehearsal
     from .samples import sample_path
+    from .scoring import score
     from .trainer import LwFTrainer
 
 __version__ = "0.1.0"
@@ -57,7 +58,8 @@ _HOME = {
     "mix_rehearsal": "rehearsal",
     "sample_path": "samples",
     "save_adapter": "adapters",
-    "score": "evaluation",
+    "score": "scoring",
+    "self_rehearsal": "row_writer",
     "set_template": "records",
 }
 """Public name -> the module of this package that defines it."""

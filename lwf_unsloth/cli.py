@@ -151,8 +151,8 @@ def evaluate(
     from lwf_unsloth.alpaca import load_alpaca, load_text
 
     rows = (load_text if text else load_alpaca)(data, test_size=None, limit=limit)["train"]
-    from lwf_unsloth.evaluation import score
     from lwf_unsloth.model import load_adapter
+    from lwf_unsloth.scoring import score
 
     model, tokenizer = load_adapter(adapter, base=base)
     found = score(

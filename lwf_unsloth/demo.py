@@ -16,15 +16,16 @@ import torch
 from rich.console import Console
 
 from lwf_unsloth.adapters import save_adapter
+from lwf_unsloth.answer_scores import facts_found
 from lwf_unsloth.answers import Generations
 from lwf_unsloth.backend import device_name, on_cuda, prepare, versions
 from lwf_unsloth.comparison import compare, write_atomically
 from lwf_unsloth.config import LwFConfig, ModelConfig
 from lwf_unsloth.demo_data import DemoData, demo_data
 from lwf_unsloth.demo_view import DemoView, pairs
-from lwf_unsloth.evaluation import facts_found, score
 from lwf_unsloth.generation import DEMO_PROMPTS, generate
 from lwf_unsloth.model import default_model, load_model
+from lwf_unsloth.scoring import score
 from lwf_unsloth.teacher import trained_tensors
 from lwf_unsloth.trainer import LwFTrainer
 

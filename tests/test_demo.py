@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
+from lwf_unsloth.answer_scores import facts_found
 from lwf_unsloth.config import ModelConfig
-from lwf_unsloth.evaluation import facts_found
 from lwf_unsloth.generation import DEMO_PROMPTS
 from lwf_unsloth.samples import sample_path
 

@@ -18,9 +18,9 @@ import gpu_shapes as gpu  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from lwf_unsloth.alpaca import prompt_ids  # noqa: E402
-from lwf_unsloth.evaluation import score  # noqa: E402
 from lwf_unsloth.generation import generate  # noqa: E402
 from lwf_unsloth.hidden import model_logits  # noqa: E402
+from lwf_unsloth.scoring import score  # noqa: E402
 
 QUESTIONS = [row["instruction"] for row in gpu.numbered(12) if not row["input"]] + ["Sleep?"]
 LONG = {"instruction": "Describe the river bank.", "input": "The quick brown fox jumps. " * 6}

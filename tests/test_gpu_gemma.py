@@ -17,9 +17,9 @@ import gpu_shapes as gpu  # noqa: E402
 from conftest import SENTENCES, build_tokenizer  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
-from lwf_unsloth.evaluation import score  # noqa: E402
 from lwf_unsloth.generation import generate  # noqa: E402
 from lwf_unsloth.hidden import head_matches, model_hidden, model_logits, output_head  # noqa: E402
+from lwf_unsloth.scoring import score  # noqa: E402
 
 GIB = 2**30
 

@@ -481,7 +481,7 @@ def test_rehearsal_rows_that_are_held_out_are_left_out_and_told(make_trainer, al
 def test_the_prompts_token_ids_are_the_same_in_training_generation_and_evaluation(
     make_trainer, alpaca_rows, monkeypatch
 ):
-    from lwf_unsloth import evaluation
+    from lwf_unsloth import scoring
     from lwf_unsloth.generation import generate
 
     rows = alpaca_rows(4)
@@ -492,7 +492,7 @@ def test_the_prompts_token_ids_are_the_same_in_training_generation_and_evaluatio
         return {tuple(row["input_ids"][: row["prompt_length"]]) for row in encoded}
 
     asked, scored = set(), set()
-    answer, encode = model.generate, evaluation.encode_rows
+    answer, encode = model.generate, scoring.encode_rows
 
     def generating(*args, **kwargs):
         for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
@@ -505,9 +505,9 @@ def test_the_prompts_token_ids_are_the_same_in_training_generation_and_evaluatio
         return found
 
     monkeypatch.setattr(model, "generate", generating)
-    monkeypatch.setattr(evaluation, "encode_rows", encoding)
+    monkeypatch.setattr(scoring, "encode_rows", encoding)
     generate(model, tokenizer, rows, max_new_tokens=2)
-    evaluation.score(model, tokenizer, rows)
+    scoring.score(model, tokenizer, rows)
     trained_on = prompts(row for row in trainer.rows.dataset if not row["is_rehearsal"])
     assert len(trained_on) == 4 and asked == trained_on and scored == trained_on
 

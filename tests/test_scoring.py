@@ -5,12 +5,10 @@ import logging
 import pytest
 import torch
 
-from lwf_unsloth import evaluation
-from lwf_unsloth.answers import Answer, Generations
-from lwf_unsloth.decoding import Decoding
+from lwf_unsloth import scoring
 from lwf_unsloth.errors import ConfigError, DataError
-from lwf_unsloth.evaluation import Score, facts_found, score
 from lwf_unsloth.records import encode_row
+from lwf_unsloth.scoring import Score, score
 from lwf_unsloth.teacher import OwnTeacher, trained_tensors
 
 UNEQUAL = [
@@ -143,7 +141,7 @@ def test_scoring_leaves_the_model_as_it_was(tiny_peft):
 def test_the_model_is_left_as_it_was_after_an_error(tiny_peft, monkeypatch):
     model, tokenizer = tiny_peft()
     model.eval()
-    monkeypatch.setattr(evaluation, "lwf_loss", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(scoring, "lwf_loss", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score(model, tokenizer, UNEQUAL)
     assert not any(module.training for module in model.modules())
@@ -152,7 +150,7 @@ def test_the_model_is_left_as_it_was_after_an_error(tiny_peft, monkeypatch):
 
 def test_rows_times_vocabulary_never_live(tiny_peft, monkeypatch):
     model, tokenizer = tiny_peft()
-    monkeypatch.setattr(evaluation, "model_logits", lambda *a: pytest.fail("full logits"))
+    monkeypatch.setattr(scoring, "model_logits", lambda *a: pytest.fail("full logits"))
     score(model, tokenizer, UNEQUAL)
 
 
@@ -161,7 +159,7 @@ def test_full_logits_of_an_unknown_head_give_the_same_numbers(tiny_peft, monkeyp
     change_adapter(model)
     usual = score(model, tokenizer, UNEQUAL)
     monkeypatch.setattr(
-        evaluation.Objective,
+        scoring.Objective,
         "of",
         classmethod(lambda cls, model, teacher, probe: cls(None, teacher)),
     )
@@ -209,7 +207,7 @@ def test_dropout_has_no_effect_on_a_score(tiny_peft):
 def test_rows_without_a_token_to_score_are_told_and_cut_rows_counted(tiny_peft, caplog):
     model, tokenizer = tiny_peft()
     rows = [*UNEQUAL, {"instruction": "long " * 200, "input": "", "output": "never seen"}]
-    with caplog.at_level(logging.WARNING, "lwf_unsloth.evaluation"):
+    with caplog.at_level(logging.WARNING, "lwf_unsloth.scoring"):
         found = score(model, tokenizer, rows, max_length=150)
     assert (found.rows, found.settings["dropped"]) == (3, 1)
     assert "(4)" in caplog.text
@@ -235,35 +233,3 @@ def test_what_decides_the_numbers_is_recorded(tiny_peft):
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         score(None, None, UNEQUAL, **wrong)
-
-
-def answered(*pairs):
-    answers = tuple(Answer(prompt, text, "eos", 3) for prompt, text in pairs)
-    return Generations(answers, Decoding())
-
-
-ROWS = [
-    {"instruction": "Where?", "answer_contains": "Brindle Street"},
-    {"instruction": "Who?", "answer_contains": "Odessa Plum"},
-    {"instruction": "When?", "answer_contains": "1898"},
-]
-
-
-def test_a_fact_is_found_whatever_its_case_and_line_breaks():
-    answers = answered(
-        ("Where?", "At BRINDLE\nstreet 14."), ("Who?", "Plum"), ("When?", "In 1898.")
-    )
-    assert facts_found(answers, ROWS) == pytest.approx(2 / 3)
-
-
-def test_answers_to_other_questions_are_not_compared():
-    with pytest.raises(DataError, match="belong together"):
-        facts_found(answered(("Who?", "x"), ("Where?", "y"), ("When?", "z")), ROWS)
-    with pytest.raises(DataError, match="belong together"):
-        facts_found(answered(("Where?", "x")), ROWS)
-
-
-def test_a_row_without_its_fact_is_named():
-    rows = [{**ROWS[0]}, {"instruction": "Who?", "answer_contains": " "}]
-    with pytest.raises(DataError, match=r"\[2\]"):
-        facts_found(answered(("Where?", "x"), ("Who?", "y")), rows)

@@ -1,4 +1,4 @@
-"""What was learned and what was kept, in numbers: NLL and KL to the base per token, facts found.
+"""How well a model predicts the rows of a set, beside its base: NLL and KL per token.
 
 A mean over a set is weighted by tokens: the sum over all scored tokens divided by their number,
 never a mean of batch means (after nanochat's loss_eval). Tuned and base model are the same loaded
@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lwf_unsloth.answers import Generations
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import LwFCollator, Roles, token_roles
-from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.generation import adapter_state, model_name
 from lwf_unsloth.hidden import model_hidden, model_logits
 from lwf_unsloth.locks import kept_state, model_lock
@@ -272,42 +271,6 @@ def _provenance(model: Any, tokenizer: Any, encoded: list[dict[str, Any]]) -> di
         "weights": weights,
         "data_sha256": hashlib.sha256(ids.encode()).hexdigest(),
     }
-
-
-def facts_found(answers: Generations, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Share of the answers that contain the fact asked for, whatever the case and line breaks.
-
-    Args:
-        answers: What `generate` gave for `rows`, in their order.
-        rows: Rows with `instruction` and `answer_contains`.
-
-    Returns:
-        0 to 1.
-
-    Raises:
-        DataError: Answers and rows do not belong together, or a row names no fact.
-    """
-    asked = [answer.prompt for answer in answers]
-    if asked != [row["instruction"] for row in rows]:
-        raise DataError(
-            f"{len(asked)} answers and {len(rows)} rows do not belong together: an answer would be "
-            "compared with another question's fact. Pass the rows that the answers were made from."
-        )
-    missing = [i for i, row in enumerate(rows, 1) if not _plain(row.get("answer_contains") or "")]
-    if missing:
-        raise DataError(
-            f"Rows {missing[:10]} have no `answer_contains`, so what a right answer holds is not "
-            "known. Give every row the text that its answer must contain."
-        )
-    return sum(
-        _plain(row["answer_contains"]) in _plain(answer.text)
-        for answer, row in zip(answers, rows, strict=True)
-    ) / len(asked)
-
-
-def _plain(text: str) -> str:
-    """Without case, and every run of white space one space."""
-    return " ".join(text.casefold().split())
 
 
 def _progress(batches: list[list[int]]) -> Iterable[list[int]]:
