@@ -127,7 +127,7 @@ def encode_row(
 
     Args:
         tokenizer: a transformers tokenizer with an EOS token.
-        row: one row; ``whole=False`` on a text row says that it had been cut already.
+        row: one row; ``whole=False`` says that its text or response had been cut already: no EOS.
         max_length: longest row in tokens; a longer one loses its end (and EOS). None: no limit.
         train_on: "response", or "all" for prompt and response.
         template: another template than the tokenizer's own.
@@ -271,7 +271,7 @@ class _Encoder:
         self, head: list[int], body: list[int], row: Mapping[str, Any], kind: str
     ) -> EncodedRow:
         """Join, end, cut and label one row."""
-        whole = kind == "alpaca" or row.get("whole") is not False
+        whole = row.get("whole") is not False
         input_ids = head + body + (self.codec.eos if whole else [])
         limit = len(input_ids) if self.max_length is None else self.max_length
         cut = not whole or len(input_ids) > limit

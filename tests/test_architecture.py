@@ -22,7 +22,7 @@ loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switche
 gguf_files gguf_tokenizer embedded bases model_files loaded model_card adapters merging model
 checkup memory shapes preflight
 locks teacher cache_parts teacher_identity teacher_cache cache_plan
-decoding answers generation written_rows self_rehearsal
+decoding answers generation written_rows row_writer
 batches checkpoints objective meters kl_meter prechecks progress train_data trainer
 scoring intervals leak answer_scores evaluation dial best_adapter
 markup forms diagnosis advice comparison

@@ -1,0 +1,326 @@
+"""Rows that a model wrote, as plain data: what is kept of them, what is dropped, and their file.
+
+A row is `{"instruction", "input", "output", "whole"}` or `{"text", "whole"}`; `whole` is False
+where the length limit ended it, and then no EOS is put after it (see `encode_row`).
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lwf_unsloth.cache_parts import write_whole
+from lwf_unsloth.errors import DataError
+from lwf_unsloth.rows import normalised, prompt_key, row_key
+from lwf_unsloth.templates import PromptTemplate
+
+EMPTY = "empty or too short"
+REPEATS = "repeats itself"
+MARKER = "holds a marker of the template"
+CONTROL = "holds a control token"
+BROKEN = "holds half a character"
+TWICE = "written before"
+NOT_ENDED = "instruction without an end"
+NO_INSTRUCTION = "instruction too short"
+ECHO = "answer that is its instruction again"
+SURPLUS = "more than were wanted"
+ASKED_TWICE = "instruction written before"
+
+LEAST_DISTINCT = 0.6
+"""Share of a text's n-grams that must be distinct; a loop has far fewer, prose about 0.9."""
+LEAST_INSTRUCTION = 8
+"""Characters."""
+LEAST_PASSAGE = 40
+"""Characters."""
+_FORMAT = 1
+
+
+@dataclass
+class WrittenReport:
+    """What became of everything that was written."""
+
+    kind: str = "answers"
+    """"answers" to prompts that were given, "prompts" with answers, or "passages"."""
+    asked: int = 0
+    """Rows that were wanted."""
+    tried: int = 0
+    """Rows that were begun; tried == kept + the sum of dropped."""
+    kept: int = 0
+    ended: int = 0
+    """Kept rows that the model ended by itself; the others are cut and marked `whole: false`."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows."""
+    note: str = ""
+    """Why this kind, where it was chosen by trial."""
+    seconds: float = 0.0
+    reused: bool = False
+    """Whether they were read from a file written before."""
+
+    def __str__(self) -> str:
+        """One line."""
+        what = {"answers": "answers", "prompts": "instructions with answers"}.get(
+            self.kind, self.kind
+        )
+        came = "read from a file" if self.reused else f"written in {self.seconds:.0f} s"
+        text = f"{self.kept} {what} by the model itself, {came}; {self.ended} ended, "
+        text += f"{self.kept - self.ended} cut"
+        if self.dropped:
+            reasons = ", ".join(f"{why}: {count}" for why, count in self.dropped.items())
+            text += f"; of {self.tried} tried, dropped: {reasons}"
+        return f"{text}. {self.note}".strip()
+
+
+class WrittenRows(list[dict[str, Any]]):
+    """The rows, a list of dicts as LwFTrainer and mix_rehearsal take it, with how they came to be.
+
+    Attributes:
+        report: What was kept and dropped.
+        origin: What decides the rows: model, template, settings; equal origins, equal rows.
+    """
+
+    def __init__(
+        self, rows: Iterable[dict[str, Any]], report: WrittenReport, origin: dict[str, Any]
+    ) -> None:
+        super().__init__(rows)
+        self.report = report
+        self.origin = origin
+
+    def __repr__(self) -> str:
+        return f"WrittenRows({self.report})"
+
+
+class Sieve:
+    """Takes candidates in order; keeps the usable ones and counts the others by reason."""
+
+    def __init__(self, template: PromptTemplate, controls: Iterable[str]) -> None:
+        """Starts empty.
+
+        Args:
+            template: The served template, whose markers no row may hold.
+            controls: Texts of the tokenizer's control tokens.
+        """
+        self.template = template
+        self.markers = template_markers(template)
+        self.controls = [text for text in controls if text]
+        self.rows: list[dict[str, Any]] = []
+        self.dropped: Counter[str] = Counter()
+        self.tried = 0
+        self._seen: set[tuple[str, ...]] = set()
+        self._asked: set[tuple[str, ...]] = set()
+
+    def instruction(self, written: str, ended: bool) -> str | None:
+        """The instruction in what was written after the template's head; None counts a drop.
+
+        A candidate that is given back is counted when its answer is taken.
+        """
+        text, why = instruction_in(written, ended, self.template)
+        key = prompt_key({"instruction": text})
+        why = why or self._fault(text, LEAST_INSTRUCTION, NO_INSTRUCTION)
+        if not why and key in self._asked:
+            why = ASKED_TWICE
+        if why:
+            self._drop(why)
+            return None
+        self._asked.add(key)
+        return text
+
+    def answer(self, instruction: str, given: str, written: str, ended: bool) -> bool:
+        """Takes an answer to an instruction; whether it is kept."""
+        text = _tidy(written, ended)
+        row = {"instruction": instruction, "input": given, "output": text, "whole": ended}
+        why = self._fault(text, 1, EMPTY)
+        if not why and normalised(text) == normalised(instruction):
+            why = ECHO
+        return self._take(row, why)
+
+    def passage(self, written: str, ended: bool) -> bool:
+        """Takes a passage; whether it is kept."""
+        text = _tidy(written, ended)
+        return self._take({"text": text, "whole": ended}, self._fault(text, LEAST_PASSAGE, EMPTY))
+
+    def report(self, kind: str, asked: int, note: str) -> WrittenReport:
+        """What became of everything, where `asked` rows are kept."""
+        kept = self.rows[:asked]
+        dropped = dict(self.dropped)
+        if len(self.rows) > asked:
+            dropped[SURPLUS] = len(self.rows) - asked
+        ended = sum(row["whole"] for row in kept)
+        return WrittenReport(kind, asked, self.tried, len(kept), ended, dropped, note)
+
+    def _take(self, row: dict[str, Any], why: str) -> bool:
+        key = row_key(row)
+        why = why or (TWICE if key in self._seen else "")
+        if why:
+            self._drop(why)
+            return False
+        self.tried += 1
+        self._seen.add(key)
+        self.rows.append(row)
+        return True
+
+    def _drop(self, why: str) -> None:
+        self.tried += 1
+        self.dropped[why] += 1
+
+    def _fault(self, text: str, least: int, too_short: str) -> str:
+        if len(text) < least:
+            return too_short
+        if any(control in text for control in self.controls):
+            return CONTROL
+        if any(marker in text for marker in self.markers):
+            return MARKER
+        if "\ufffd" in text:
+            return BROKEN
+        return REPEATS if repeats(text) else ""
+
+
+def _tidy(written: str, ended: bool) -> str:
+    """Without blank edges and, where the limit cut it, without half a character at the end."""
+    return (written if ended else written.rstrip("\ufffd")).strip()
+
+
+def template_markers(template: PromptTemplate) -> list[str]:
+    """The lines of a template that no data should hold; short ones only at the start of a line."""
+    lines = []
+    for half in (template.with_input, template.without_input):
+        for text in half.replace("{input}", "{instruction}").split("{instruction}"):
+            lines += [line.strip() for line in text.splitlines()]
+    marked = [line if len(line) >= 4 else f"\n{line}" for line in lines if line]
+    return list(dict.fromkeys(marked))
+
+
+def head_of(template: PromptTemplate) -> str:
+    """What stands before an instruction, without a space at its end; "" where nothing does."""
+    head = template.without_input.split("{instruction}", 1)[0].rstrip(" ")
+    return head if head.strip() else ""
+
+
+def instruction_in(written: str, ended: bool, template: PromptTemplate) -> tuple[str, str]:
+    """The instruction that a model wrote after the template's head, and what is wrong with it.
+
+    Args:
+        written: The continuation.
+        ended: Whether the model ended it by itself.
+        template: The template, whose next marker ends the instruction; where none comes, the
+            first blank line does.
+
+    Returns:
+        The text and "", or the text and a reason.
+    """
+    tail = template.without_input.split("{instruction}", 1)[1]
+    ends = [end for end in (tail, tail.rstrip(), *template_markers(template)) if end.strip() or end]
+    written = written.lstrip()
+    places = [place for place in map(written.find, ends) if place >= 0]
+    if not places and not ended:
+        places = [written.find("\n\n")]
+    if not places:
+        return written.strip(), ""
+    end = min(places)
+    return (written[:end].strip(), "") if end >= 0 else (written.strip(), NOT_ENDED)
+
+
+def repeats(text: str) -> bool:
+    """Whether a text goes round in circles: too few of its n-grams are distinct.
+
+    n is 3 words; where a text has hardly any spaces (Japanese), 6 characters.
+    """
+    units: list[str] = normalised(text).split()
+    size = 3
+    if len(units) * 12 < len(text):
+        units, size = list("".join(units)), 6
+    grams = [tuple(units[at : at + size]) for at in range(len(units) - size + 1)]
+    return len(grams) >= 6 and len(set(grams)) < LEAST_DISTINCT * len(grams)
+
+
+# --------------------------------------------------------------------------- the file
+
+
+def origin_path(path: Path) -> Path:
+    """Where it is kept what wrote the rows: beside them, so that they stay plain JSONL."""
+    return path.with_name(f"{path.name}.origin.json")
+
+
+def save_written(rows: WrittenRows, path: str | Path) -> Path:
+    """Writes rows as JSONL and their origin beside them, each file whole or not at all.
+
+    Args:
+        rows: The rows.
+        path: The JSONL's place; its folder is made. A file that is there is kept as `.old`.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if path.is_file() and path.read_bytes() != data:
+        path.replace(path.with_name(f"{path.name}.old"))
+    write_whole(path, data)
+    head = {
+        "format": _FORMAT,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "origin": rows.origin,
+        "report": asdict(rows.report),
+    }
+    write_whole(origin_path(path), json.dumps(head, ensure_ascii=False, indent=1).encode())
+    return path
+
+
+def load_written(path: str | Path, origin: Mapping[str, Any] | None = None) -> WrittenRows:
+    """Reads rows that `save_written` wrote.
+
+    Args:
+        path: The JSONL.
+        origin: What must have written them; None takes any.
+
+    Returns:
+        The rows with their report.
+
+    Raises:
+        DataError: No such file, a file that was changed or whose origin is unknown, or another
+            origin; names what differs.
+    """
+    path = Path(path)
+    try:
+        head = json.loads(origin_path(path).read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        found, report = dict(head["origin"]), WrittenReport(**head["report"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no whole file of self-written rows with its {origin_path(path).name} "
+            f"({type(error).__name__}: {error}), so what wrote it is not known. {_what_to_do(path)}"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != head.get("sha256"):
+        raise DataError(
+            f"{path} was changed after it was written, so its rows are not those that the model "
+            f"wrote. {_what_to_do(path)}"
+        )
+    differ = differences(found, origin) if origin is not None else []
+    if differ:
+        raise DataError(
+            f"{path} was written by something else ({'; '.join(differ)}): as rehearsal for this "
+            f"model it would keep what another one knew. {_what_to_do(path)}"
+        )
+    rows = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
+    report.reused = True
+    return WrittenRows(rows, report, found)
+
+
+def _what_to_do(path: Path) -> str:
+    return (
+        "Let it be written anew (rewrite=True, or remove it), or, to take these rows as they are, "
+        f"pass them yourself: load_alpaca or load_text({path.name!r})."
+    )
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two origins, in words."""
+    names = dict.fromkeys([*wanted, *saved])
+    return [
+        f"{name}: {saved.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in names
+        if saved.get(name) != wanted.get(name)
+    ]
