@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lwf_unsloth.cache_parts import digest
 from lwf_unsloth.hidden import causal_lm
+from lwf_unsloth.switches import ADAPTER_SWITCH
 from lwf_unsloth.teacher import ModelTeacher, OwnTeacher
 from lwf_unsloth.templates import get_template
 
@@ -32,14 +33,11 @@ def teacher_identity(
     Returns:
         Name of the part -> short description; hashes are cut to 16 digits.
     """
-    model, own = teacher.model, isinstance(teacher, OwnTeacher)
-    snapshot = teacher.snapshot if isinstance(teacher, OwnTeacher) else None
-    template = get_template(tokenizer)
+    model, template = teacher.model, get_template(tokenizer)
     return {
         "model": _model_name(model),
-        "weights": digest(_config(causal_lm(model)), _weight_sample(model, own))[:16],
-        "adapter": "off" if own else "as loaded",
-        **({} if snapshot is None else {"adapter": _adapter(model, snapshot)}),
+        "weights": digest(_config(causal_lm(model)), _weight_sample(teacher))[:16],
+        "adapter": _adapter(teacher),
         "tokenizer": _tokenizer(tokenizer),
         "template": f"{template.name} {digest(_json(template.to_dict()))[:16]}",
         "dtype": f"{str(getattr(model, 'dtype', '')).removeprefix('torch.')}, products {products}",
@@ -62,11 +60,16 @@ def _config(model: Any) -> str:
     return _json({name: value for name, value in values.items() if name not in _VOLATILE})
 
 
-def _weight_sample(model: nn.Module, own: bool) -> bytes:
-    """Names, shapes and samples of the frozen weights, without the own model's adapter."""
+def _weight_sample(teacher: OwnTeacher | ModelTeacher) -> bytes:
+    """Names, shapes and samples of the weights, without those that the adapter's part stands for.
+
+    A snapshot holds what is trained; adapter tensors that are frozen act beside it.
+    """
+    snapshot = _snapshot(teacher)
+    off = isinstance(teacher, OwnTeacher) and not snapshot
     names, samples = [], []
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta or (own and (parameter.requires_grad or "lora_" in name)):
+    for name, parameter in sorted(teacher.model.named_parameters()):
+        if parameter.is_meta or name in snapshot or (off and "lora_" in name):
             continue
         flat = parameter.detach().flatten()
         samples.append(flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE])
@@ -77,12 +80,31 @@ def _weight_sample(model: nn.Module, own: bool) -> bytes:
     return "\n".join(names).encode() + b"".join(map(_raw, map(torch.cat, by_dtype.values())))
 
 
-def _adapter(model: nn.Module, snapshot: dict[str, Tensor]) -> str:
-    """Hash of every value of the trained tensors, and of how the adapter applies them."""
-    configs = getattr(model, "peft_config", {})
-    text = _json({name: config.to_dict() for name, config in configs.items()})
+def _adapter(teacher: OwnTeacher | ModelTeacher) -> str:
+    """What acts beside the weights: a hash of every value of a snapshot and how it is applied.
+
+    "off" or "none" where nothing does. Scales are read off the layers: an adapter can be turned
+    down after it was loaded.
+    """
+    snapshot = _snapshot(teacher)
+    if isinstance(teacher, OwnTeacher) and not snapshot:
+        return "off"
+    layers = {
+        name: [module.active_adapters, vars(module)[ADAPTER_SWITCH], module.scaling]
+        for name, module in teacher.model.named_modules()
+        if ADAPTER_SWITCH in vars(module) and hasattr(module, "scaling")
+    }
+    if not layers and not snapshot:
+        return "none"
+    configs = getattr(teacher.model, "peft_config", {})
+    text = _json([{name: config.to_dict() for name, config in configs.items()}, layers])
     parts = [text, *(part for n in sorted(snapshot) for part in (n, _raw(snapshot[n])))]
     return digest(*parts)[:16]
+
+
+def _snapshot(teacher: OwnTeacher | ModelTeacher) -> dict[str, Tensor]:
+    """The snapshot's tensors, none where the adapter is off or the teacher a second model."""
+    return (teacher.snapshot or {}) if isinstance(teacher, OwnTeacher) else {}
 
 
 def _tokenizer(tokenizer: Any) -> str:

@@ -459,6 +459,32 @@ def test_another_template_tokenizer_model_or_scale_is_stale(make_trainer, tiny_p
     assert models[0]["adapter"] != models[1]["adapter"]  # the same tensors, applied otherwise
 
 
+def test_a_frozen_part_of_the_adapter_and_a_turned_down_scale_are_another_teacher(tiny_peft):
+    from lwf_unsloth.teacher import make_teacher
+    from lwf_unsloth.teacher_identity import teacher_identity
+
+    def identity(seed, scale=1.0, second=False):
+        """Of a model whose first layer's adapter is trained and frozen, the second's untouched."""
+        model, tokenizer = tiny_peft()
+        draw = torch.Generator().manual_seed(seed)
+        for name, p in model.named_parameters():
+            if ".layers.0." in name:
+                p.requires_grad_(False)
+                if "lora_B" in name:
+                    p.copy_(torch.randn(p.shape, generator=draw))
+        for module in model.modules():
+            if hasattr(module, "active_adapters") and "scaling" in vars(module):
+                module.scaling = {name: value * scale for name, value in module.scaling.items()}
+        student = tiny_peft()[0] if second else model
+        return teacher_identity(make_teacher(student, model if second else None), tokenizer, "-")
+
+    for second in (False, True):
+        first = identity(1, second=second)
+        assert first == identity(1, second=second)
+        assert first["weights"] != identity(2, second=second)["weights"]
+        assert first["adapter"] != identity(1, scale=0.5, second=second)["adapter"]
+
+
 @pytest.mark.slow
 def test_the_identity_is_the_same_in_another_process(make_trainer, tiny_model_dir, tmp_path):
     trainer = make_trainer(lwf_cache="hidden")
