@@ -291,6 +291,7 @@ def test_a_model_that_never_stops_is_given_passages(taught, write, monkeypatch):
 
 
 def test_when_nothing_can_be_used_the_error_counts_why(taught, write, monkeypatch):
+    from lwf_unsloth import row_writer
 
     monkeypatch.setattr(row_writer, "continue_ids", lambda m, t, s, *_, **__: [([], True)] * len(s))
     with pytest.raises(DataError, match=r"instruction too short: \d+.*rows\s+of your own"):
