@@ -222,9 +222,14 @@ def check_tokenizer(tokenizer: Any) -> Any:
         because padding is told from EOS by its place and not by its id. The choice is logged.
 
     Raises:
-        DataError: no EOS, or an EOS that is not in the vocabulary.
+        DataError: not a tokenizer, no EOS, or an EOS that is not in the vocabulary.
     """
     inner = text_tokenizer(tokenizer)
+    if not hasattr(inner, "eos_token_id"):
+        raise DataError(
+            f"The tokenizer is a {type(tokenizer).__name__}, but rows are encoded with the one "
+            "that load_model gave beside the model, which carries the prompt template. Pass that."
+        )
     _require_eos(inner)
     if inner.pad_token is None or inner.pad_token_id is None:
         size = len(inner)

@@ -20,12 +20,17 @@ STOP_CHECK_ROWS = 16
 """Rehearsal rows looked at to see whether the teacher stops."""
 
 
-def check_trainable(model: nn.Module) -> None:
+def check_trainable(model: Any) -> None:
     """Refuses a model on which nothing would be learned.
 
     Raises:
-        ModelError: No parameter requires a gradient.
+        ModelError: Not a loaded model, or no parameter requires a gradient.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model is a {type(model).__name__}, but must be a loaded model with an adapter: the "
+            "teacher and the memory check look into it. Take load_model(...)[0]."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(
             "Nothing is trainable: no parameter requires a gradient, so training would change "
@@ -35,9 +40,17 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def match_model(args: LwFConfig, model: nn.Module) -> None:
-    """Makes precision and checkpointing those of the loaded model; changes `args`, the trainer's
-    own copy.
+    """Makes precision, checkpointing and length those of the loaded model; changes `args`, the
+    trainer's own copy.
+
+    Raises:
+        ConfigError: Other arguments than an `LwFConfig`, or bf16 on a card that emulates it.
     """
+    if not isinstance(args, LwFConfig):
+        raise ConfigError(
+            f"args is a {type(args).__name__}, but must be an LwFConfig, which is an SFTConfig "
+            "with the lwf_ and rehearsal settings: give it the same settings by the same names."
+        )
     dtype = getattr(model, "dtype", torch.float32)
     if not args._precision_given:
         args.fp16 = on_cuda() and dtype == torch.float16
@@ -52,6 +65,9 @@ def match_model(args: LwFConfig, model: nn.Module) -> None:
         )
     _match_checkpointing(args, model)
     limit = getattr(model, "max_seq_length", None)
+    if limit and args.max_length is None:
+        logger.info("max_length is None: rows are cut at the model's %d tokens.", limit)
+        args.max_length = limit
     if limit and args.max_length and args.max_length > limit:
         logger.warning(
             "max_length is %d, but the model was loaded for %d tokens, and on a GPU Unsloth looks "
