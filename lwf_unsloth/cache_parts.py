@@ -308,11 +308,12 @@ def write_whole(path: Path, data: bytes) -> None:
         _remove(new)
         raise
     if os.name != "nt":
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with contextlib.suppress(OSError):  # mounted cloud folders sync no directory; it is written
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def digest(*parts: str | bytes) -> str:

@@ -3,6 +3,8 @@ trusted."""
 
 import json
 import logging
+import os
+import stat
 import subprocess
 import sys
 from collections import namedtuple
@@ -199,6 +201,19 @@ def test_a_full_disk_ends_the_growing_and_not_the_run(tmp_path, monkeypatch, cap
     store.close()
     assert "grows no further" in caplog.text and "No space left" in caplog.text
     assert caplog.text.count("grows no further") == 1
+
+
+def test_a_file_system_that_syncs_no_directory_is_no_full_disk(tmp_path, monkeypatch, caplog):
+    sync = os.fsync
+
+    def files_only(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr("os.fsync", files_only)
+    filled(tmp_path)
+    assert len(reopened(tmp_path)) == 130 and not caplog.records
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path):
