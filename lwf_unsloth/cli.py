@@ -34,7 +34,7 @@ training:                    # LwFConfig
   lwf_lambda: 2.0
 data:
   task: my_task.jsonl        # what load_alpaca takes; a list with shares: [0.8, 0.2]
-  rehearsal: general.jsonl   # Alpaca rows; or rehearsal_text: passages.jsonl
+  rehearsal: general.jsonl   # Alpaca rows; or self, or rehearsal_text: passages.jsonl
 """
 """\\b keeps the lines below it as they are."""
 

@@ -195,6 +195,13 @@ class LwFConfig(SFTConfig):
     effect."""
     rehearsal_ce: bool = False
     """Also learn the rehearsal answers by cross entropy (this retrains instead of preserving)."""
+    self_rehearsal_rows: int = 200
+    """Most rows that the model writes itself with rehearsal_dataset="self", 1 or more; no more than
+    the run can use."""
+    lwf_stop_at_kl: float | None = None
+    """Ends the run, with a checkpoint, when the KL on rehearsal rows (on task rows where there are
+    none), as the mean of the last 10 logged values, is above so many nats per token; above 0. None
+    is off."""
     lwf_cache: str = "off"
     """Where the teacher's targets of a row come from when it comes again: "off", a forward;
     "hidden", final hidden states on disk, the same loss to rounding; "topk", on disk the
@@ -243,7 +250,8 @@ class LwFConfig(SFTConfig):
 
     def lwf_settings(self) -> dict[str, Any]:
         """The settings that decide the result, as plain values for reports and model cards."""
-        names = [f.name for f in fields(LwFConfig) if f.name.startswith(("lwf_", "rehearsal_"))]
+        own = ("lwf_", "rehearsal_", "self_rehearsal_")
+        names = [f.name for f in fields(LwFConfig) if f.name.startswith(own)]
         names.remove("lwf_cache_dir")  # a machine's path
         names += [
             "learning_rate",
@@ -289,6 +297,7 @@ def check_lwf(config: LwFConfig) -> None:
     if config.lwf_kl not in LWF_KL:
         raise _refuse("lwf_kl", config.lwf_kl, f"one of {LWF_KL}", "no other direction is built")
     _check_cache(config)
+    _check_rehearsal(config)
     if config.train_on not in ("response", "all"):
         raise _refuse(
             "train_on", config.train_on, '"response" or "all"', "it says which tokens are labels"
@@ -303,6 +312,24 @@ def check_lwf(config: LwFConfig) -> None:
             config.label_smoothing_factor,
             "in 0 <= e < 1",
             "it is a share",
+        )
+
+
+def _check_rehearsal(config: LwFConfig) -> None:
+    """Checks how many rows the model writes, and where too high a KL ends the run."""
+    rows, limit = config.self_rehearsal_rows, config.lwf_stop_at_kl
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        why = "it is the number of rows that the model writes"
+        raise _refuse("self_rehearsal_rows", rows, "a whole number of 1 or more", why)
+    if limit is None:
+        return
+    if not _is_number(limit) or limit <= 0:
+        why = "at 0 a run would end at its first step; None never ends it"
+        raise _refuse("lwf_stop_at_kl", limit, "a number > 0, or None", why)
+    if config.lwf_lambda == 0:
+        raise ConfigError(
+            f"lwf_stop_at_kl is {limit}, but lwf_lambda is 0, so no KL is measured and the run "
+            "would never be ended by it. Set lwf_lambda above 0, or leave lwf_stop_at_kl out."
         )
 
 

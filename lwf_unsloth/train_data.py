@@ -1,17 +1,26 @@
 """Rows for the trainer: task and rehearsal rows encoded with one tokenizer and template."""
 
 import logging
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.alpaca import encode_rows
 from lwf_unsloth.batches import prompt_length
+from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.rehearsal import drop_overlap, rehearsal_count
+from lwf_unsloth.row_writer import self_rehearsal
+from lwf_unsloth.teacher import adapter_is_fresh
 
 logger = logging.getLogger(__name__)
 
 ENCODED = {"input_ids", "labels"}
+SELF = "self"
+"""As rehearsal_dataset: the teacher writes the rows."""
+WRITTEN_FILE = "rehearsal.jsonl"
+"""In output_dir: the rows that the teacher wrote, which a resumed run takes again."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,54 @@ class RowEncoder:
                 "Rehearsal rows repeat in an epoch: %d drawn from %d.", needed, len(pool)
             )
         return TrainRows(concatenate_datasets([rows, pool]), len(rows), len(pool))
+
+
+def written_rehearsal(
+    asked: str, model: Any, tokenizer: Any, args: LwFConfig, task: Any, teacher: Any = None
+) -> Any:
+    """Rehearsal rows by the teacher: the model as it stands, or a second model.
+
+    Args:
+        asked: What was given as rehearsal_dataset: "self".
+        model: The model to train.
+        tokenizer: Its tokenizer.
+        args: The run's settings; output_dir keeps the rows, so that a resumed run has the same.
+        task: The task rows, which say how many rehearsal rows the run can use.
+        teacher: A second model, or None.
+
+    Returns:
+        The rows, None where the ratio takes none.
+
+    Raises:
+        DataError: Another text than "self", no task rows, or not a row that could be used.
+    """
+    if asked != SELF:
+        raise DataError(
+            f"rehearsal_dataset is the text {asked!r}; the one text that is known is {SELF!r} (the "
+            "model writes the rows itself). For a file give load_alpaca(path)['train'] or "
+            "load_text(path)['train']."
+        )
+    if args.rehearsal_ratio == 0 or task is None or not len(task):
+        return None
+    with args.main_process_first(local=False, desc="rehearsal rows"):
+        return self_rehearsal(
+            model if teacher is None else teacher,
+            tokenizer,
+            rows=min(args.self_rehearsal_rows, usable_rehearsal(args, len(task))),
+            seed=args.seed,
+            adapter=teacher is None and not adapter_is_fresh(model),
+            path=Path(args.output_dir) / WRITTEN_FILE,
+            rewrite=True,
+            progress=not args.disable_tqdm,
+        )
+
+
+def usable_rehearsal(args: LwFConfig, n_task: int) -> int:
+    """Rehearsal rows that a whole run draws, at least 1."""
+    if args.max_steps > 0:
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return max(1, math.ceil(args.max_steps * step * args.rehearsal_ratio))
+    return max(1, math.ceil(args.num_train_epochs * rehearsal_count(n_task, args.rehearsal_ratio)))
 
 
 def filled(sets: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -12,6 +12,8 @@ from lwf_unsloth.errors import ConfigError
 SECTIONS = ("model", "training", "data")
 TASK_KEYS = ("shares", "columns", "limit", "test_size", "seed", "split")
 REHEARSAL_KEYS = ("rehearsal", "rehearsal_text")
+SELF = "self"
+"""As data.rehearsal: the model writes the rows itself."""
 FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -25,7 +27,8 @@ class TrainFile:
     training: dict[str, Any]
     """Arguments of `LwFConfig`."""
     data: dict[str, Any]
-    """`task`, `rehearsal` or `rehearsal_text`, and arguments of `load_alpaca` for the task."""
+    """`task`, `rehearsal` (a source, or "self") or `rehearsal_text`, and arguments of `load_alpaca`
+    for the task."""
 
 
 def read_train_file(path: str | Path) -> TrainFile:
@@ -82,8 +85,10 @@ def train_from(file: TrainFile, *, resume: bool = False) -> Path:
     args = LwFConfig(**{"output_dir": f"runs/{file.path.stem}", **file.training})
     settings = {key: file.data[key] for key in TASK_KEYS if key in file.data}
     task = load_alpaca(file.data["task"], **settings)
-    rehearsal = None
-    if file.data.get("rehearsal"):
+    rehearsal: Any = None
+    if file.data.get("rehearsal") == SELF:
+        rehearsal = SELF  # the model writes the rows, once it is loaded
+    elif file.data.get("rehearsal"):
         rehearsal = load_alpaca(file.data["rehearsal"], test_size=None)["train"]
     elif file.data.get("rehearsal_text"):
         rehearsal = load_text(file.data["rehearsal_text"], test_size=None)["train"]
@@ -107,7 +112,7 @@ def _run(file: TrainFile, args: Any, task: Any, rehearsal: Any, resume: bool) ->
         rehearsal_dataset=rehearsal,
     )
     trainer.train(resume_from_checkpoint=True if resume else None)
-    rows = {"task": len(task["train"]), "rehearsal": 0 if rehearsal is None else len(rehearsal)}
+    rows = {"task": trainer.rows.n_task, "rehearsal": trainer.rows.n_rehearsal}
     card = {"settings": trainer.args.lwf_settings(), "rows": rows}
     return save_adapter(model, tokenizer, Path(args.output_dir) / "adapter", card=card)
 

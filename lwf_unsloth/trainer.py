@@ -34,7 +34,7 @@ from lwf_unsloth.progress import LwFProgress
 from lwf_unsloth.rehearsal import RehearsalSampler
 from lwf_unsloth.teacher import Teacher, make_teacher
 from lwf_unsloth.teacher_cache import CachedTeacher
-from lwf_unsloth.train_data import ENCODED, RowEncoder
+from lwf_unsloth.train_data import ENCODED, RowEncoder, written_rehearsal
 
 prepare()
 
@@ -72,7 +72,8 @@ class LwFTrainer(SFTTrainer):
             train_dataset: Task rows: Alpaca or text rows (Dataset or list of dicts), or encoded
                 rows.
             eval_dataset: Held-out rows of the same kinds, or a dict of named sets.
-            rehearsal_dataset: Rows that keep what the model knew: Alpaca or text rows.
+            rehearsal_dataset: Rows that keep what the model knew: Alpaca or text rows; or "self":
+                the teacher writes them first, into output_dir/rehearsal.jsonl.
             teacher: A second model; None takes the model as it stands now.
             **kwargs: Passed to SFTTrainer (callbacks, optimizers, compute_metrics).
 
@@ -93,6 +94,9 @@ class LwFTrainer(SFTTrainer):
             args.label_smoothing_factor = 0.0
         self._encode = RowEncoder(processing_class, args.max_length, args.train_on)
         rehearsal = None if self.lwf_rows == "none" else rehearsal_dataset
+        if isinstance(rehearsal, str):
+            given = (processing_class, args, train_dataset, teacher)
+            rehearsal = written_rehearsal(rehearsal, model, *given)
         self.rows = self._encode.training(
             train_dataset, rehearsal, args.rehearsal_ratio, eval_dataset
         )

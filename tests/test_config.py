@@ -64,6 +64,10 @@ def test_a_rehearsal_ratio_from_0_to_below_1_is_taken(ratio):
         ("train_on", "prompt"),
         ("packing", True),
         ("label_smoothing_factor", 1.0),
+        ("self_rehearsal_rows", 0),
+        ("self_rehearsal_rows", 1.5),
+        ("lwf_stop_at_kl", 0),
+        ("lwf_stop_at_kl", "low"),
     ],
 )
 def test_a_value_out_of_range_is_refused_and_named(name, value):

@@ -320,3 +320,101 @@ def test_a_file_of_the_same_model_is_taken_and_another_models_is_refused(write, 
     finally:
         with torch.no_grad():
             weight.zero_()
+
+
+# ---------------------------------------------------------------------- in a training
+
+
+@pytest.fixture()
+def trainer_of(taught_dir, tmp_path):
+    """Factory: a trainer on 12 task rows with rehearsal_dataset="self", on a model loaded anew."""
+
+    def make(rehearsal="self", disturbed=False, **changes):
+        from lwf_unsloth.config import LwFConfig, ModelConfig
+        from lwf_unsloth.model import load_model
+        from lwf_unsloth.trainer import LwFTrainer
+
+        size = {"r": 4, "lora_alpha": 8, "max_seq_length": 512}
+        model, tokenizer = load_model(
+            ModelConfig(str(taught_dir), dtype="float32", load_in_4bit=False, **size)
+        )
+        if disturbed:
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "lora_B" in name:
+                        p.fill_(0.01)
+        values = {
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "bf16": False,
+            "rehearsal_ratio": 0.25, "disable_tqdm": True, "save_strategy": "no", "warmup_steps": 0,
+            "max_length": 128,
+        }  # fmt: skip
+        args = LwFConfig(str(tmp_path / "run"), **{**values, **changes})
+        task = [{"instruction": f"Spell {one}.", "output": " ".join(one)} for one in ANIMALS]
+        return LwFTrainer(
+            model,
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=task,
+            rehearsal_dataset=rehearsal,
+        )
+
+    return make
+
+
+def test_a_trainer_told_self_trains_on_rows_of_its_own_teacher(trainer_of, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer = trainer_of()
+    assert "by the model itself" in caplog.text
+    file = tmp_path / "run" / "rehearsal.jsonl"
+    rows = load_written(file)
+    assert len(rows) == trainer.rows.n_rehearsal == 4, "one epoch uses no more: 12 rows at 25 %"
+    assert rows.origin["adapter"] == "off"
+    trainer.train()
+    logged = [line["kl_rehearsal"] for line in trainer.state.log_history if "kl_rehearsal" in line]
+    assert logged[0] == pytest.approx(0, abs=1e-6) and logged[-1] > 0
+    assert trainer.lwf_rows == "rehearsal"
+
+
+def test_a_resumed_run_rehearses_the_same_rows_and_another_seed_writes_new_ones(
+    trainer_of, tmp_path, monkeypatch
+):
+    from lwf_unsloth import row_writer
+
+    first = trainer_of(save_strategy="epoch")
+    first.train()
+    with monkeypatch.context() as patch:
+        patch.delattr(row_writer, "continue_ids")
+        again = trainer_of(save_strategy="epoch")
+        again.train(resume_from_checkpoint=True)
+    assert again.rows.dataset["input_ids"] == first.rows.dataset["input_ids"]
+    other = trainer_of(seed=7)
+    assert other.rows.dataset["input_ids"] != first.rows.dataset["input_ids"]
+    assert (tmp_path / "run" / "rehearsal.jsonl.old").is_file()
+
+
+def test_for_a_second_task_the_trained_adapter_writes(trainer_of, tmp_path):
+    trainer_of(disturbed=True)
+    origin = load_written(tmp_path / "run" / "rehearsal.jsonl").origin
+    assert origin["adapter"] != "off"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({"self_rehearsal_rows": 2}, 2),
+        ({"max_steps": 3}, 3),
+        ({"num_train_epochs": 2}, 8),
+    ],
+)
+def test_no_more_rows_are_written_than_the_run_can_use(trainer_of, changes, rows):
+    assert trainer_of(**changes).rows.n_rehearsal == rows
+
+
+def test_at_ratio_0_nothing_is_written(trainer_of, tmp_path):
+    assert trainer_of(rehearsal_ratio=0.0).rows.n_rehearsal == 0
+    assert not (tmp_path / "run" / "rehearsal.jsonl").exists()
+
+
+def test_another_text_as_rehearsal_is_refused_with_what_to_do(trainer_of):
+    with pytest.raises(DataError, match=r"load_alpaca\(path\)"):
+        trainer_of(rehearsal="general.jsonl")
