@@ -18,6 +18,7 @@ from lwf_unsloth.cache_plan import with_cache
 from lwf_unsloth.checkpoints import latest_checkpoint, load_teacher, save_teacher
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.hidden import model_logits
+from lwf_unsloth.kl_meter import KLMeter
 from lwf_unsloth.locks import model_lock
 from lwf_unsloth.meters import Meter
 from lwf_unsloth.objective import Objective, probe_tokens
@@ -126,6 +127,8 @@ class LwFTrainer(SFTTrainer):
             self.model_accepts_loss_kwargs = True  # the loss is divided here, not by the Trainer
         if not self.args.disable_tqdm:
             _show_progress(self)
+        self.kl_meter = KLMeter.of(self.args)
+        self.add_callback(self.kl_meter)
         tell_memory(self.model, self.args, self.rows.dataset, self.lwf_rows)
         self._counts: Tensor | None = None
         self._meters = {"train": Meter(), "eval": Meter()}
