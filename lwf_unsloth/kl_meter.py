@@ -154,8 +154,8 @@ class KLMeter(TrainerCallback):
         self.stopped = (
             f"Ended at step {state.global_step} of {state.max_steps}: the KL on {TERMS[name]}, "
             f"mean of the last {WINDOW} logged values, is {self.smoothed(name):.4f} nats a token, "
-            f"above lwf_stop_at_kl={self.stop_at:g}. The checkpoint holds the model as it is now. To go "
-            "on, raise the limit or lwf_lambda, or lower learning_rate."
+            f"above lwf_stop_at_kl={self.stop_at:g}. The checkpoint holds the model as it is now. "
+            "To go on, raise the limit or lwf_lambda, or lower learning_rate."
         )
         control.should_training_stop = control.should_save = True
         logger.warning("%s", self.stopped)

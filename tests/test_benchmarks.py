@@ -172,6 +172,32 @@ def test_tables_say_what_the_results_say(tmp_path, monkeypatch):
     assert shown in tables.hardware()
 
 
+def test_the_table_of_self_written_rehearsal_has_means_and_what_was_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.self_rehearsal() is None
+    fake_results(tmp_path)
+    meta = json.loads((tmp_path / "step_cost.json").read_text(encoding="utf-8"))["meta"]
+    figures = {"nll_task": 0.5, "kl_general": 0.01, "nll_general_rise": 0.002, "seconds": 20.0}
+    rows = [
+        {"part": "first", "arm": "self", "seed": 0, "facts": 0.7, **figures},
+        {"part": "first", "arm": "self", "seed": 1, "facts": 0.9, **figures},
+        {"part": "first", "arm": "none", "seed": 0, "error": "DataError: no rows"},
+        {"part": "second", "arm": "after the FAQ", "seed": 0, "facts": 0.8},
+        {"part": "second", "arm": "base, general", "facts": 0.8, "facts_after_second": 0.6},
+        {"part": "second", "arm": "none", "facts": 0.8, "facts_after_second": 0.0},
+        {"part": "evaluation", "arm": "5 sets x 200 rows", "seconds": 31.0},
+    ]
+    text = json.dumps({"meta": meta, "rows": rows})
+    (tmp_path / "self_rehearsal.json").write_text(text, encoding="utf-8")
+    table = tables.self_rehearsal()
+    assert "| **rows that the model wrote itself** | 80% ± 14% | 0.50 ± 0.00 |" in table
+    assert "| no rehearsal (plain fine-tuning) | DataError |" in table
+    assert "| after the FAQ | 80% |  |  |" in table
+    assert "| base, general | 80% | 60% | 75% |" in table
+    assert "| none | 80% | 0% | 0% |" in table
+    assert "5 sets x 200 rows: 31 s" in table
+
+
 def test_a_page_keeps_its_text_around_the_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     page = "before\n<!-- table: fits_t4 -->\nold\n<!-- end -->\nafter\n"
