@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import save_adapter
     from .alpaca import AlpacaData, LoadReport, load_alpaca, load_text
+    from .best_adapter import BestAdapter
     from .checkup import doctor
     from .comparison import Comparison, compare
     from .config import LwFConfig, ModelConfig
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AlpacaData": "alpaca",
+    "BestAdapter": "best_adapter",
     "Comparison": "comparison",
     "ConfigError": "errors",
     "DEMO_PROMPTS": "generation",
