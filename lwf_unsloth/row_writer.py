@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from lwf_unsloth.backend import on_cuda
@@ -32,8 +33,8 @@ from lwf_unsloth.written_rows import (
     WrittenReport,
     WrittenRows,
     head_of,
-    load_written,
     save_written,
+    written_before,
 )
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,10 @@ PROBES = (
     "Translate 'good morning' into Spanish.",
 )
 """Questions with short answers: does the model end them?"""
-OPENINGS = ("The", "In", "A", "When", "There", "It", "Many", "For", "This", "At", "One", "After")
+OPENINGS = (
+    "The first", "In the", "A small", "When the", "There are", "It is", "Many people", "For a",
+    "This is", "At the", "One of", "After the",
+)  # fmt: skip
 """First words of passages, for models without a token that begins a text."""
 
 
@@ -117,7 +121,7 @@ def self_rehearsal(
         **{name: getattr(decoding, name) for name in SETTINGS},
     }
     if path is not None and Path(path).exists():
-        saved = _saved(Path(path), origin, rows, rewrite)
+        saved = written_before(path, origin, rows, rewrite=rewrite)
         if saved is not None:
             return saved
     size = batch_size or (64 if on_cuda() else 16)
@@ -179,30 +183,6 @@ def _writer_identity(model: Any, tokenizer: Any, adapter: bool) -> dict[str, Any
     return found
 
 
-def _saved(path: Path, origin: dict[str, Any], rows: int, rewrite: bool) -> WrittenRows | None:
-    """Rows written before, None where they are to be written anew.
-
-    Raises:
-        DataError: They have another origin and must not be written anew.
-    """
-    try:
-        found = load_written(path, origin)
-        if len(found) < rows and found.report.asked < rows:
-            raise DataError(
-                f"{path} holds {len(found)} self-written rows, but {rows} are wanted. Let it be "
-                "written anew (rewrite=True, or remove it), or ask for fewer."
-            )
-    except DataError as error:
-        if not rewrite:
-            raise
-        logger.warning("Rehearsal rows are written anew. %s", error)
-        return None
-    kept = WrittenRows(found[:rows], found.report, found.origin)
-    kept.report.kept, kept.report.ended = len(kept), sum(row["whole"] for row in kept)
-    logger.info("%s: %s", path, kept.report)
-    return kept
-
-
 # ------------------------------------------------------------------------- writing
 
 
@@ -226,15 +206,30 @@ class _Writer:
             decoding = replace(
                 decoding, max_new_tokens=min(max_new_tokens, decoding.max_new_tokens)
             )
-        seeds = [row_seed(decoding.seed, ids, first + place) for place, ids in enumerate(starts)]
-        found = continue_ids(
-            self.model, self.tokenizer, starts, seeds, decoding, adapter=self.adapter
-        )
+        found = self._continued(starts, first, decoding)
         decode = text_tokenizer(self.tokenizer).decode
         return [
             (decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), ended)
             for ids, ended in found
         ]
+
+    def _continued(
+        self, starts: list[list[int]], first: int, decoding: Decoding
+    ) -> list[tuple[list[int], bool]]:
+        """New ids of each start; where the batch does not fit the device, in halves."""
+        seeds = [row_seed(decoding.seed, ids, first + place) for place, ids in enumerate(starts)]
+        around = (self.model, self.tokenizer)
+        try:
+            return continue_ids(*around, starts, seeds, decoding, adapter=self.adapter)
+        except torch.OutOfMemoryError:
+            half = len(starts) // 2
+            if not half:
+                raise
+        torch.cuda.empty_cache()
+        logger.info("%d rows at a time do not fit the memory: %d are written.", 2 * half, half)
+        self.batch_size = min(self.batch_size, half)
+        parts = (starts[:half], first), (starts[half:], first + half)
+        return [row for part in parts for row in self._continued(*part, decoding)]
 
     def batches(self, count: int) -> list[range]:
         """The numbers 0 to count - 1 in batches."""

@@ -6,6 +6,7 @@ where the length limit ended it, and then no EOS is put after it (see `encode_ro
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,10 +18,13 @@ from lwf_unsloth.errors import DataError
 from lwf_unsloth.rows import normalised, prompt_key, row_key
 from lwf_unsloth.templates import PromptTemplate
 
+logger = logging.getLogger(__name__)
+
 EMPTY = "empty or too short"
 REPEATS = "repeats itself"
 MARKER = "holds a marker of the template"
 CONTROL = "holds a control token"
+NO_WORDS = "hardly a word in it"
 BROKEN = "holds half a character"
 TWICE = "written before"
 NOT_ENDED = "instruction without an end"
@@ -139,7 +143,10 @@ class Sieve:
     def passage(self, written: str, ended: bool) -> bool:
         """Takes a passage; whether it is kept."""
         text = _tidy(written, ended)
-        return self._take({"text": text, "whole": ended}, self._fault(text, LEAST_PASSAGE, EMPTY))
+        why = self._fault(text, LEAST_PASSAGE, EMPTY)
+        if not why and sum(map(str.isalpha, text)) * 2 < len(text):
+            why = NO_WORDS
+        return self._take({"text": text, "whole": ended}, why)
 
     def report(self, kind: str, asked: int, note: str) -> WrittenReport:
         """What became of everything, where `asked` rows are kept."""
@@ -307,6 +314,41 @@ def load_written(path: str | Path, origin: Mapping[str, Any] | None = None) -> W
     rows = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
     report.reused = True
     return WrittenRows(rows, report, found)
+
+
+def written_before(
+    path: str | Path, origin: Mapping[str, Any], rows: int, *, rewrite: bool
+) -> WrittenRows | None:
+    """The first `rows` rows of a file of the same origin.
+
+    Args:
+        path: The JSONL.
+        origin: What must have written them.
+        rows: Rows wanted. A file with fewer serves only if so many had been tried for in vain.
+        rewrite: Say why it does not serve and give None, instead of an error.
+
+    Returns:
+        The rows; None where they are to be written anew.
+
+    Raises:
+        DataError: The file does not serve.
+    """
+    try:
+        found = load_written(path, origin)
+        if len(found) < rows and found.report.asked < rows:
+            raise DataError(
+                f"{path} holds {len(found)} self-written rows, but {rows} are wanted. Let it be "
+                "written anew (rewrite=True, or remove it), or ask for fewer."
+            )
+    except DataError as error:
+        if not rewrite:
+            raise
+        logger.warning("Rehearsal rows are written anew. %s", error)
+        return None
+    kept = WrittenRows(found[:rows], found.report, found.origin)
+    kept.report.kept, kept.report.ended = len(kept), sum(row["whole"] for row in kept)
+    logger.info("%s: %s", path, kept.report)
+    return kept
 
 
 def _what_to_do(path: Path) -> str:

@@ -15,6 +15,7 @@ from lwf_unsloth.written_rows import (
     ECHO,
     EMPTY,
     MARKER,
+    NO_WORDS,
     NOT_ENDED,
     REPEATS,
     TWICE,
@@ -141,6 +142,13 @@ def test_the_same_row_and_the_same_instruction_count_once_whatever_their_case(si
     assert sieve.instruction("name a COLOUR.", True) is None
 
 
+def test_a_passage_needs_some_length_and_words(sieve):
+    assert not sieve.passage("Too short.", True)
+    assert not sieve.passage("2021-12-31 21-21-22 21.17.16 (18.25) 1519 16017 2021-12-30", False)
+    assert sieve.passage("The sea is wide and deep, and ships have crossed it for ages.", True)
+    assert dict(sieve.dropped) == {EMPTY: 1, NO_WORDS: 1}
+
+
 @pytest.mark.parametrize(
     ("written", "ended", "found"),
     [
@@ -238,6 +246,21 @@ def test_the_same_seed_writes_the_same_rows_whatever_the_batch_and_leaves_the_mo
     assert all(torch.equal(before[name], p) for name, p in taught[0].named_parameters())
     assert list(write(seed=5, batch_size=3)) == list(first)
     assert list(write(seed=6)) != list(first)
+
+
+def test_a_batch_that_does_not_fit_is_written_in_halves_with_the_same_rows(write, monkeypatch):
+    from lwf_unsloth import row_writer
+
+    whole, sizes, real = write(), [], row_writer.continue_ids
+
+    def small(model, tokenizer, starts, *rest, **settings):
+        if len(starts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(len(starts))
+        return real(model, tokenizer, starts, *rest, **settings)
+
+    monkeypatch.setattr(row_writer, "continue_ids", small)
+    assert list(write()) == list(whole) and max(sizes) <= 3
 
 
 def test_given_prompts_are_answered_once_each_and_too_few_are_told(write, caplog):
@@ -393,7 +416,8 @@ def test_a_resumed_run_rehearses_the_same_rows_and_another_seed_writes_new_ones(
 
 
 def test_for_a_second_task_the_trained_adapter_writes(trainer_of, tmp_path):
-    trainer_of(disturbed=True)
+    trainer = trainer_of(disturbed=True)
+    assert trainer.teacher.kind == "snapshot"
     origin = load_written(tmp_path / "run" / "rehearsal.jsonl").origin
     assert origin["adapter"] != "off"
 
