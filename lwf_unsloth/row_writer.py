@@ -28,13 +28,15 @@ from lwf_unsloth.rows import prompt_key
 from lwf_unsloth.teacher import OwnTeacher, make_teacher
 from lwf_unsloth.teacher_identity import teacher_identity
 from lwf_unsloth.templates import PromptTemplate, get_template, text_tokenizer
+from lwf_unsloth.written_file import save_written, written_before
 from lwf_unsloth.written_rows import (
+    ASKING,
+    OPENINGS,
+    PROBES,
     Sieve,
     WrittenReport,
     WrittenRows,
     head_of,
-    save_written,
-    written_before,
 )
 
 logger = logging.getLogger(__name__)
@@ -47,22 +49,6 @@ INSTRUCTION_TOKENS = 64
 """Most tokens of an instruction that the model writes."""
 TRIES = 4
 """Candidates begun for each row that is wanted, before it is given up."""
-PROBES = (
-    "What is the capital of France?",
-    "Name three colours.",
-    "How many days does a week have?",
-    "Write one sentence about the sea.",
-    "What do bees make?",
-    "Give me a word that means happy.",
-    "Why do people wear coats in winter?",
-    "Translate 'good morning' into Spanish.",
-)
-"""Questions with short answers: does the model end them?"""
-OPENINGS = (
-    "The first", "In the", "A small", "When the", "There are", "It is", "Many people", "For a",
-    "This is", "At the", "One of", "After the",
-)  # fmt: skip
-"""First words of passages, for models without a token that begins a text."""
 
 
 def self_rehearsal(
@@ -306,12 +292,17 @@ def _answer(
 
 def _ask_and_answer(writer: _Writer, sieve: Sieve, rows: int, enough: Callable[[], bool]) -> None:
     """Writes instructions after the template's head, then their answers, a batch at a time."""
-    start = _head_ids(writer.tokenizer, head_of(writer.template))
+    codec, head = Codec(text_tokenizer(writer.tokenizer)), _head_ids(writer)
+    begun = [
+        (words, head + ids) for words, ids in zip(ASKING, codec.responses(ASKING), strict=True)
+    ]
     waiting: list[tuple[str, str]] = []
     answered, limit = 0, TRIES * rows + writer.batch_size
     for batch in writer.batches(limit):
-        for text, ended in writer([start] * len(batch), batch[0], INSTRUCTION_TOKENS):
-            found = sieve.instruction(text, ended)
+        starts = [begun[number % len(begun)] for number in batch]
+        written = writer([ids for _, ids in starts], batch[0], INSTRUCTION_TOKENS)
+        for (words, _), (text, ended) in zip(starts, written, strict=True):
+            found = sieve.instruction(words + text, ended)
             if found is not None:
                 waiting.append((found, ""))
         whole = len(waiting) >= min(writer.batch_size, rows - len(sieve.rows))
@@ -322,10 +313,11 @@ def _ask_and_answer(writer: _Writer, sieve: Sieve, rows: int, enough: Callable[[
                 return
 
 
-def _head_ids(tokenizer: Any, head: str) -> list[int]:
+def _head_ids(writer: _Writer) -> list[int]:
     """Ids of a prompt up to the place of the instruction."""
+    head = head_of(writer.template)
     led = PromptTemplate("head", head + "{instruction}{input}", head + "{instruction}")
-    return Codec(text_tokenizer(tokenizer)).prompts([("", "")], led)[0]
+    return Codec(text_tokenizer(writer.tokenizer)).prompts([("", "")], led)[0]
 
 
 def _begin(tokenizer: Any, number: int) -> list[int]:

@@ -9,7 +9,9 @@ from conftest import build_tokenizer
 
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.records import ALPACA, PLAIN, PromptTemplate, encode_row, prompt_ids, set_template
+from lwf_unsloth.written_file import load_written, save_written
 from lwf_unsloth.written_rows import (
+    ASKING,
     BROKEN,
     CONTROL,
     ECHO,
@@ -23,9 +25,7 @@ from lwf_unsloth.written_rows import (
     WrittenReport,
     WrittenRows,
     instruction_in,
-    load_written,
     repeats,
-    save_written,
     template_markers,
 )
 
@@ -228,7 +228,10 @@ def test_ids_are_continued_as_generate_continues_a_prompt(taught):
     assert [ended for _, ended in found] == [a.stop == "eos" for a in answers]
 
 
-def test_a_model_that_stops_writes_instructions_and_answers_from_nothing(write):
+def test_a_model_that_stops_writes_instructions_and_answers_from_nothing(write, monkeypatch):
+    from lwf_unsloth import row_writer
+
+    monkeypatch.setattr(row_writer, "ASKING", ("",))
     rows = write()
     report = rows.report
     assert report.kind == "prompts" and "ended by themselves" in report.note
@@ -236,6 +239,12 @@ def test_a_model_that_stops_writes_instructions_and_answers_from_nothing(write):
     assert report.tried == report.kept + sum(report.dropped.values())
     assert sum(row["instruction"].startswith("Who ") for row in rows) >= 6, "as it was taught"
     assert report.ended == sum(row["whole"] for row in rows) >= 6
+
+
+def test_first_words_in_turn_make_instructions_differ(write):
+    firsts = {row["instruction"].split()[0] for row in write()}
+    led = {words.split()[0] for words in ASKING if words}
+    assert len(firsts & led) >= 4, "a model that was taught one word only asks in several"
 
 
 def test_the_same_seed_writes_the_same_rows_whatever_the_batch_and_leaves_the_model(write, taught):
