@@ -234,3 +234,18 @@ def test_every_benchmark_runs_in_a_tiny_shape(name, tmp_path):
     if name == "step_cost":
         told = (tmp_path / "step_cost_profile.txt").read_text(encoding="utf-8")
         assert "teacher's forward" in told and "backward" in told
+
+
+@pytest.mark.slow
+def test_the_second_task_runs_on_a_tiny_model(tiny_model_dir, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.second_task", "--smoke", "--out", str(tmp_path)]
+    command += ["--model", str(tiny_model_dir), "--parts", "first", "second"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    result = json.loads((tmp_path / "self_rehearsal.json").read_text(encoding="utf-8"))
+    found = {(row["part"], row["arm"]): row for row in result["rows"]}
+    assert found["first", "base"]["kl_general"] == 0 == found["first", "base"]["nll_general_rise"]
+    assert found["first", "general"]["kl_general"] > 0 and found["first", "none"]["facts"] == 0
+    assert "facts_after_second" in found["second", "base, general"]
+    wrong = {arm for (_, arm), row in found.items() if "error" in row}
+    assert wrong <= {"self", "snapshot, self"}, "a model of random weights writes nothing of use"
