@@ -307,7 +307,9 @@ def _ask_and_answer(writer: _Writer, sieve: Sieve, rows: int, enough: Callable[[
                 waiting.append((found, ""))
         whole = len(waiting) >= min(writer.batch_size, rows - len(sieve.rows))
         if whole or batch[-1] == limit - 1:
+            before = sieve.tried
             _answer(writer, sieve, waiting, enough, answered)
+            sieve.leave(len(waiting) - (sieve.tried - before))
             answered, waiting = answered + len(waiting), []
             if enough():
                 return

@@ -10,7 +10,7 @@ from typing import Any
 
 from lwf_unsloth.cache_parts import write_whole
 from lwf_unsloth.errors import DataError
-from lwf_unsloth.written_rows import WrittenReport, WrittenRows
+from lwf_unsloth.written_rows import SURPLUS, WrittenReport, WrittenRows
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,9 @@ def written_before(
         return None
     kept = WrittenRows(found[:rows], found.report, found.origin)
     kept.report.kept, kept.report.ended = len(kept), sum(row["whole"] for row in kept)
+    if len(found) > len(kept):
+        left = kept.report.dropped.get(SURPLUS, 0) + len(found) - len(kept)
+        kept.report.dropped[SURPLUS] = left
     logger.info("%s: %s", path, kept.report)
     return kept
 

@@ -162,12 +162,18 @@ class Sieve:
             why = NO_WORDS
         return self._take({"text": text, "whole": ended}, why)
 
+    def leave(self, count: int) -> None:
+        """Counts instructions that stay without an answer, since there are rows enough."""
+        if count:
+            self.tried += count
+            self.dropped[SURPLUS] += count
+
     def report(self, kind: str, asked: int, note: str) -> WrittenReport:
         """What became of everything, where `asked` rows are kept."""
         kept = self.rows[:asked]
         dropped = dict(self.dropped)
         if len(self.rows) > asked:
-            dropped[SURPLUS] = len(self.rows) - asked
+            dropped[SURPLUS] = dropped.get(SURPLUS, 0) + len(self.rows) - asked
         ended = sum(row["whole"] for row in kept)
         return WrittenReport(kind, asked, self.tried, len(kept), ended, dropped, note)
 

@@ -335,6 +335,8 @@ def test_a_file_of_the_same_model_is_taken_and_another_models_is_refused(write, 
     first = write(rows=4, path=path)
     again = write(rows=3, path=path)
     assert list(again) == list(first)[:3] and again.report.reused
+    for report in (first.report, again.report):
+        assert report.tried == report.kept + sum(report.dropped.values())
     with pytest.raises(DataError, match="seed: 42 there, 43 now"):
         write(rows=3, path=path, seed=43)
     with pytest.raises(DataError, match="holds 4 self-written rows, but 6"):
