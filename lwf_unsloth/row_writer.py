@@ -99,6 +99,8 @@ def self_rehearsal(
     decoding = Decoding(max_new_tokens, temperature, top_p if temperature else 1.0, seed=seed)
     template = get_template(tokenizer)
     _check(rows, kind, prompts, decoding, template)
+    if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+        raise ConfigError(f"batch_size is {batch_size!r}, but must be None or a number from 1.")
     pairs = None if prompts is None else _distinct(read_prompts(prompts))
     origin = {
         **_writer_identity(model, tokenizer, adapter),

@@ -292,6 +292,7 @@ def test_passages_begin_at_the_beginning_of_a_text(write, taught):
     [
         ({"rows": 0}, "rows is 0"),
         ({"kind": "poems"}, "must be one of"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"temperature": 0.0}, "the same instruction or passage every time"),
         ({"kind": "answers"}, "no prompts to answer"),
         ({"kind": "passages", "prompts": ["Go."]}, "would have no effect"),
