@@ -1,4 +1,4 @@
-"""How well a model predicts the rows of a set, beside its base: NLL and KL per token.
+"""How well a model predicts the rows of a set, beside its base: NLL, KL and calibration.
 
 A mean over a set is weighted by tokens: the sum over all scored tokens divided by their number,
 never a mean of batch means (after nanochat's loss_eval). Tuned and base model are the same loaded
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from lwf_unsloth.backend import prepare
-from lwf_unsloth.batches import LwFCollator, Roles, token_roles
+from lwf_unsloth.batches import LwFCollator, token_roles
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.generation import adapter_state, model_name
 from lwf_unsloth.hidden import model_hidden, model_logits
 from lwf_unsloth.locks import kept_state, model_lock
-from lwf_unsloth.losses import lwf_loss, lwf_loss_from_logits
 from lwf_unsloth.objective import Objective, probe_tokens
 from lwf_unsloth.records import encode_rows
 from lwf_unsloth.switches import dropout_off
 from lwf_unsloth.teacher import OwnTeacher, Teacher
 from lwf_unsloth.templates import get_template
+from lwf_unsloth.token_stats import BINS, TokenStats, calibration_error, token_stats
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,10 @@ class Score:
     """The same under the base model; None where it was not measured."""
     row_kl: tuple[float, ...] | None = None
     """KL(base || tuned) of each row, summed over its scored tokens."""
+    row_gaps: tuple[tuple[float, ...], ...] | None = None
+    """Confidence less correctness of each row, summed by bin: what `ece` is made of."""
+    row_base_gaps: tuple[tuple[float, ...], ...] | None = None
+    """The same under the base model."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What decides the numbers: scored tokens, template, lengths, dtype, weights, data."""
 
@@ -78,6 +82,21 @@ class Score:
         """NLL of the tuned model over that of the base, nats per token; below 0 it fell."""
         return None if self.base_nll is None else self.nll - self.base_nll
 
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error of the next token, 0 to 1; None where not measured."""
+        return self._ece(self.row_gaps)
+
+    @property
+    def base_ece(self) -> float | None:
+        """The same of the base model."""
+        return self._ece(self.row_base_gaps)
+
+    def _ece(self, gaps: tuple[tuple[float, ...], ...] | None) -> float | None:
+        if gaps is None:
+            return None
+        return float(calibration_error(torch.tensor(gaps).sum(0), torch.tensor(self.tokens)))
+
     def __str__(self) -> str:
         """One line."""
         found = [f"NLL {self.nll:.4f}"]
@@ -91,6 +110,8 @@ class Score:
             "nll": self.nll,
             "base_nll": self.base_nll,
             "kl": self.kl,
+            "ece": self.ece,
+            "base_ece": self.base_ece,
             "rows": self.rows,
             "tokens": self.tokens,
             "unit": "nats per token",
@@ -154,14 +175,23 @@ def score(
             "dropped": len(report.dropped),
             **_provenance(model, tokenizer, encoded),
         }
-    tokens, nll, base_nll, kl = (part.tolist() for part in sums)
+    tokens, nll, base_nll, kl = (part.tolist() for part in sums[:4])
+    gaps, base_gaps = (_rounded(part) for part in (sums[4 : 4 + BINS], sums[4 + BINS :]))
+    alone = teacher is None
     return Score(
-        tuple(int(n) for n in tokens),
-        tuple(nll),
-        None if teacher is None else tuple(base_nll),
-        None if teacher is None else tuple(kl),
-        settings,
+        row_tokens=tuple(int(n) for n in tokens),
+        row_nll=tuple(nll),
+        row_base_nll=None if alone else tuple(base_nll),
+        row_kl=None if alone else tuple(kl),
+        row_gaps=gaps,
+        row_base_gaps=None if alone else base_gaps,
+        settings=settings,
     )
+
+
+def _rounded(gaps: Tensor) -> tuple[tuple[float, ...], ...]:
+    """(BINS, rows) as a tuple for each row; six digits are more than a calibration error has."""
+    return tuple(tuple(round(gap, 6) for gap in row) for row in gaps.T.tolist())
 
 
 @contextmanager
@@ -195,63 +225,53 @@ def _row_sums(
     batch_size: int,
     response_only: bool,
 ) -> Tensor:
-    """(4, rows) fp64 on the CPU: tokens, NLL, base NLL, KL of each row; longest rows first."""
+    """(4 + 2 BINS, rows) fp64 on the CPU: tokens, NLL, base NLL, KL and both models' calibration
+    gaps of each row; longest rows first.
+    """
     device = _device(model)
     collate = LwFCollator(tokenizer.pad_token_id)
     objective = Objective.of(model, teacher, probe_tokens(encoded[0], device))
     lengths = [len(row["input_ids"]) for row in encoded]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    sums = torch.zeros(4, len(lengths), dtype=torch.float64)
+    sums = torch.zeros(4 + 2 * BINS, len(lengths), dtype=torch.float64)
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     for places in _progress(batches):
         batch = {name: t.to(device) for name, t in collate([encoded[i] for i in places]).items()}
         roles = token_roles(
             batch, "response" if response_only else "all", rehearsal_ce=True, with_kl=True
         )
-        values = _token_values(objective, model, batch, roles).double().cpu()  # (4, N)
         scored = roles.labels >= 0
-        owner = torch.arange(len(places))[:, None].expand(scored.shape)[scored.cpu()]  # (N,)
-        sums[:, places] = torch.zeros(4, len(places), dtype=torch.float64).index_add_(
-            1, owner, values
-        )
+        owner = torch.arange(len(places), device=device)[:, None].expand(scored.shape)[scored]
+        stats = _token_stats(objective, model, batch, scored, roles.labels[scored])
+        sums[:, places] = _summed(stats, owner, len(places)).cpu()
     return sums
 
 
-def _token_values(
-    objective: Objective, model: nn.Module, batch: dict[str, Tensor], roles: Roles
-) -> Tensor:
-    """(4, N) of the N scored tokens: 1, NLL, base NLL, KL; zeros where there is no base."""
-    scored = roles.labels >= 0
-    labels = roles.labels[scored]  # (N,)
+def _token_stats(
+    objective: Objective, model: nn.Module, batch: dict[str, Tensor], scored: Tensor, labels: Tensor
+) -> TokenStats:
+    """Reads the N scored tokens of a batch: one forward of each model."""
     ids, mask, teacher = batch["input_ids"], batch["attention_mask"], objective.teacher
-    outputs = model_logits if objective.full_logits else model_hidden
-    ours = outputs(model, ids, mask)[:, :-1][scored]  # (N, H or V)
+    full = objective.full_logits
+    ours = (model_logits if full else model_hidden)(model, ids, mask)[:, :-1][scored]  # (N, H or V)
     if teacher is None:
-        theirs = None
-    else:
-        forward = teacher.logits if objective.full_logits else teacher.hidden
-        theirs = forward(ids, mask)[:, :-1][scored]
-    if objective.full_logits:
-        tuned = lwf_loss_from_logits(ours, labels, teacher_logits=theirs, return_rows=True)
-        base = theirs if theirs is None else lwf_loss_from_logits(theirs, labels, return_rows=True)
-    else:
-        assert objective.head is not None
-        head = teacher.head if teacher is not None and teacher.head else objective.head
-        tuned = lwf_loss(
-            ours, labels, objective.head, teacher=theirs, teacher_head=head, return_rows=True
-        )
-        base = theirs if theirs is None else lwf_loss(theirs, labels, head, return_rows=True)
-    nll = _given(tuned.ce_rows)
-    parts = [torch.ones_like(nll), nll]
-    if base is None:
-        return torch.stack([*parts, torch.zeros_like(nll), torch.zeros_like(nll)])
-    return torch.stack([*parts, _given(base.ce_rows), _given(tuned.kl_rows)])
+        return token_stats(ours, labels, None if full else objective.head)
+    theirs = (teacher.logits if full else teacher.hidden)(ids, mask)[:, :-1][scored]
+    if full:
+        return token_stats(ours, labels, None, theirs)
+    return token_stats(ours, labels, objective.head, theirs, teacher.head)
 
 
-def _given(values: Tensor | None) -> Tensor:
-    """Values of each row, which `return_rows` asked for."""
-    assert values is not None
-    return values
+def _summed(stats: TokenStats, owner: Tensor, rows: int) -> Tensor:
+    """(4 + 2 BINS, rows) sums over each row's tokens; zeros where there is no base."""
+    nothing = torch.zeros_like(stats.tuned.nll)
+    base_nll = nothing if stats.base is None else stats.base.nll
+    kl = nothing if stats.kl is None else stats.kl
+    values = torch.stack([torch.ones_like(nothing), stats.tuned.nll, base_nll, kl]).double()
+    sums = values.new_zeros(4, rows).index_add_(1, owner, values)
+    sides = [stats.tuned.gaps(owner, rows)]
+    sides.append(torch.zeros_like(sides[0]) if stats.base is None else stats.base.gaps(owner, rows))
+    return torch.cat([sums, *(side.T for side in sides)])
 
 
 def _provenance(model: Any, tokenizer: Any, encoded: list[dict[str, Any]]) -> dict[str, Any]:

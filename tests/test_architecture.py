@@ -24,7 +24,8 @@ checkup memory shapes preflight
 locks teacher cache_parts teacher_identity teacher_cache cache_plan
 decoding answers generation written_rows written_file row_writer
 batches checkpoints objective meters kl_meter prechecks progress train_data trainer
-markup result_table token_stats scoring intervals leak answer_scores scores evaluation dial best_adapter
+markup result_table token_stats scoring intervals leak answer_scores scores
+evaluation dial best_adapter
 forms diagnosis advice comparison
 forgetting plots skill_data harness sweep widgets
 train_file demo_view demo_data demo cli __main__

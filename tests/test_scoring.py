@@ -7,9 +7,11 @@ import torch
 
 from lwf_unsloth import scoring
 from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.losses import Head
 from lwf_unsloth.records import encode_row
 from lwf_unsloth.scoring import Score, score
 from lwf_unsloth.teacher import OwnTeacher, trained_tensors
+from lwf_unsloth.token_stats import Side, calibration_error, token_stats
 
 UNEQUAL = [
     {"instruction": "Say yes.", "input": "", "output": "Yes."},
@@ -62,6 +64,51 @@ def test_score_equals_a_naive_reference_in_fp64(tiny_peft, response_only):
     assert found.nll == pytest.approx(sum(nll) / sum(tokens), rel=1e-5)
     assert found.kl == pytest.approx(sum(kl) / sum(tokens), rel=1e-4)
     assert found.rise == pytest.approx((sum(nll) - sum(base_nll)) / sum(tokens), rel=1e-3)
+
+
+def test_the_calibration_error_equals_one_counted_by_hand(tiny_peft):
+    model, tokenizer = tiny_peft()
+    change_adapter(model)
+    gaps, tokens = [0.0] * 15, 0
+    for row in UNEQUAL:
+        encoded = encode_row(tokenizer, row, max_length=512)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([encoded.input_ids])).logits[0, :-1]
+        for place, label in enumerate(encoded.labels[1:]):
+            if label == -100:
+                continue
+            confidence, likeliest = logits[place].double().softmax(-1).max(-1)
+            gaps[min(int(confidence * 15), 14)] += float(confidence) - float(likeliest == label)
+            tokens += 1
+    found = score(model, tokenizer, UNEQUAL, batch_size=2)
+    assert found.ece == pytest.approx(sum(map(abs, gaps)) / tokens, abs=1e-5)
+    assert found.base_ece != found.ece
+    assert score(model, tokenizer, UNEQUAL, base=None).base_ece is None
+
+
+def test_a_model_as_sure_as_it_is_right_has_no_calibration_error():
+    half = torch.full((4,), 0.5)
+    side = Side(half, half, torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    even = side.gaps(torch.zeros(4, dtype=torch.long), 1)
+    assert float(calibration_error(even, torch.tensor([4]))) == 0
+    sure = Side(half, torch.ones(4), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    gaps = sure.gaps(torch.tensor([0, 0, 1, 1]), 2)
+    assert calibration_error(gaps, torch.tensor([2, 2])).tolist() == [0.5, 1.0]
+
+
+def test_tokens_read_by_chunks_say_the_same():
+    generator = torch.Generator().manual_seed(0)
+    head = Head(torch.randn(50, 8, generator=generator), softcap=5.0, scale=0.5)
+    tuned, base = torch.randn(2, 20, 8, generator=generator)
+    labels = torch.randint(50, (20,), generator=generator)
+    whole, parts = (token_stats(tuned, labels, head, base, chunk_rows=n) for n in (20, 3))
+    logits = 5 * torch.tanh(tuned @ head.weight.T * 0.5 / 5)
+    assert torch.allclose(whole.tuned.nll, torch.nn.functional.cross_entropy(
+        logits, labels, reduction="none"), atol=1e-5)  # fmt: skip
+    assert torch.allclose(whole.kl, parts.kl, atol=1e-6)
+    assert torch.allclose(whole.tuned.nll, parts.tuned.nll, atol=1e-5)
+    assert token_stats(tuned, labels, head, tuned, chunk_rows=3).kl.eq(0).all()
+    assert token_stats(tuned, labels[:0], head).tuned.nll.numel() == 0
 
 
 def test_an_untrained_adapter_scores_exactly_as_the_base(tiny_peft):
@@ -141,7 +188,7 @@ def test_scoring_leaves_the_model_as_it_was(tiny_peft):
 def test_the_model_is_left_as_it_was_after_an_error(tiny_peft, monkeypatch):
     model, tokenizer = tiny_peft()
     model.eval()
-    monkeypatch.setattr(scoring, "lwf_loss", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(scoring, "token_stats", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score(model, tokenizer, UNEQUAL)
     assert not any(module.training for module in model.modules())
