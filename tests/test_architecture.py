@@ -27,7 +27,7 @@ batches checkpoints objective meters kl_meter prechecks progress train_data trai
 markup result_table token_stats scoring intervals leak answer_scores scores
 evaluation dial best_adapter
 forms diagnosis advice comparison
-forgetting plots skill_data harness sweep widgets
+forgetting plots instruction_checks skill_data harness_lm benchmark_scores harness sweep widgets
 train_file demo_view demo_data demo cli __main__
 """.split()
 ABOVE_ALL = {"lwf_unsloth"}  # the lazy __init__: the version may be read from it
@@ -40,6 +40,7 @@ BORDERS = {
     "ipywidgets": {"widgets"},
     "typer": {"cli"},
     "optuna": {"sweep"},
+    "lm_eval": {"harness_lm", "harness"},
 }
 LONGEST = 400  # lines; 300 is the aim
 PRINTS = {"cli", "demo", "__main__"}
