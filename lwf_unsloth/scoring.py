@@ -164,7 +164,7 @@ def score(
     if report.dropped:
         logger.warning("Not every row is scored. %s", report)
     encoded = list(dataset)
-    with model_lock(model, "scoring"), kept_state(model, tokenizer), _scoring_mode(model):
+    with model_lock(model, "scoring"), kept_state(model, tokenizer), scoring_mode(model):
         teacher = OwnTeacher(model) if isinstance(base, str) else base
         sums = _row_sums(model, tokenizer, encoded, teacher, batch_size, response_only)
         settings = {
@@ -195,7 +195,7 @@ def _rounded(gaps: Tensor) -> tuple[tuple[float, ...], ...]:
 
 
 @contextmanager
-def _scoring_mode(model: Any) -> Iterator[None]:
+def scoring_mode(model: Any) -> Iterator[None]:
     """The kernels of training, which the teacher uses too, without dropout and without gradients.
 
     Eval mode takes other attention paths on CUDA; used inside `kept_state`, which puts all back.
