@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .checkup import doctor
     from .comparison import Comparison, compare
     from .config import LwFConfig, ModelConfig
+    from .diagnosis import Diagnoses, Diagnosis, diagnose
     from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
+    from .forms import FORMS, Form
     from .generation import DEMO_PROMPTS, generate
     from .losses import Head, lwf_loss
     from .merging import merge_model
@@ -36,7 +38,11 @@ _HOME = {
     "ConfigError": "errors",
     "DEMO_PROMPTS": "generation",
     "DataError": "errors",
+    "Diagnoses": "diagnosis",
+    "Diagnosis": "diagnosis",
+    "FORMS": "forms",
     "Fit": "preflight",
+    "Form": "forms",
     "Head": "losses",
     "LoadReport": "alpaca",
     "LwFConfig": "config",
@@ -48,6 +54,7 @@ _HOME = {
     "TeacherError": "errors",
     "compare": "comparison",
     "default_model": "model",
+    "diagnose": "diagnosis",
     "doctor": "checkup",
     "fits": "preflight",
     "generate": "generation",

@@ -21,6 +21,8 @@ class Answer:
     """Length of the answer in tokens, without the terminator."""
     input: str = ""
     """The input that came with the instruction, if any."""
+    prefix: str = ""
+    """What the answer had to begin with, by its form; it is part of `text` and `tokens`."""
 
 
 @dataclass(frozen=True, repr=False)

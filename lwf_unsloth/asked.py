@@ -53,6 +53,7 @@ _CODE = re.compile(
     r"|\b(?:write|create|implement|build|develop|make|generate|give)\b[^.?!\n]{0,30}?\b"
     rf"(?:{_NAMES}) (?:\w+ )?(?:code|function|program|script|class|query|method|module|snippet|"
     r"page)"
+    r"|\b(?:answer|reply|respond) with code\b|(?<!バー)(?<!QR)コードで(?:答|示|書)"
     r"|\bimplement\b[^.?!\n]{0,60}?"
     rf"(?:\b(?:function|class|method|algorithm)\b|\bin (?:{_NAMES})(?![\w+#]))"
     rf"|\b(?:write|create|develop)\b[^.?!\n]{{0,60}}?\bin (?:{_NAMES})(?![\w+#])"

@@ -209,11 +209,12 @@ def _same_prompts(before: Generations, after: Generations) -> None:
             "prompts on both sides. Generate both from one list."
         )
     for number, (left, right) in enumerate(zip(before, after, strict=True)):
-        if (left.prompt, left.input) != (right.prompt, right.input):
+        asked = [(answer.prompt, answer.input, answer.prefix) for answer in (left, right)]
+        if asked[0] != asked[1]:
             raise DataError(
                 f"Prompt {number} is {left.prompt!r:.80} before and {right.prompt!r:.80} after (or "
-                "their inputs differ): answers to different questions do not compare. Generate "
-                "both from one list, in one order."
+                "their inputs or forms differ): answers to different questions do not compare. "
+                "Generate both from one list, in one order."
             )
 
 

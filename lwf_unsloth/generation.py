@@ -5,12 +5,15 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from lwf_unsloth.answers import Answer, Generations
 from lwf_unsloth.backend import prepare
+from lwf_unsloth.codec import Codec
 from lwf_unsloth.decoding import Decoding, TokenRules, row_seed, uncompiled_decoding
 from lwf_unsloth.errors import ConfigError, DataError, ModelError
+from lwf_unsloth.forms import shaped
 from lwf_unsloth.locks import innermost, kept_state, model_lock
 from lwf_unsloth.records import prompt_ids
 from lwf_unsloth.templates import get_template, text_tokenizer
@@ -52,7 +55,8 @@ def generate(
     Args:
         model: The model, PEFT or not.
         tokenizer: Its tokenizer, which carries the prompt template.
-        prompts: Instructions, or rows with `instruction` and optionally `input` (dicts, a Dataset).
+        prompts: Instructions, or rows with `instruction` and optionally `input` (dicts, a Dataset);
+            a row with `form` ("table", or a Form) asks for that form and begins its answer with it.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts at a time; for speed and memory, the answers stay (up to GPU rounding).
         temperature: 0 is greedy, above 0 samples.
@@ -71,7 +75,10 @@ def generate(
         DataError: No prompts, or a row without an instruction.
         ModelError: The model is in use by another thread, or its adapter cannot be switched off.
     """
-    rows = read_prompts(prompts)
+    asked = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+    forms = [shaped(prompt) for prompt in asked]
+    rows = read_prompts([prompt for prompt, _ in forms])
+    prefixes = [prefix for _, prefix in forms]
     decoding = Decoding(
         max_new_tokens, temperature, top_p, repetition_penalty, no_repeat_ngram_size, seed
     )
@@ -79,7 +86,7 @@ def generate(
         raise ConfigError(f"batch_size is {batch_size!r}, but must be a whole number from 1.")
     prepare()
     with model_lock(model, "generating"), kept_state(model, tokenizer), _adapter(model, adapter):
-        answers = _answer_all(model, tokenizer, rows, decoding, batch_size)
+        answers = _answer_all(model, tokenizer, rows, prefixes, decoding, batch_size)
         state, weights = adapter_state(model)
     name = get_template(tokenizer).name
     return Generations(
@@ -155,10 +162,16 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, str]]:
 
 
 def _answer_all(
-    model: Any, tokenizer: Any, rows: list[tuple[str, str]], decoding: Decoding, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    rows: list[tuple[str, str]],
+    prefixes: list[str],
+    decoding: Decoding,
+    batch_size: int,
 ) -> list[Answer]:
     """Runs all batches, longest prompts first (a batch that does not fit shows at once)."""
-    prompts = [prompt_ids(tokenizer, instruction, given) for instruction, given in rows]
+    starts = Codec(text_tokenizer(tokenizer)).responses(prefixes)  # as an answer in training
+    prompts = [prompt_ids(tokenizer, *row) + start for row, start in zip(rows, starts, strict=True)]
     _check_context(model, prompts, decoding.max_new_tokens)
     seen: Counter[tuple[int, ...]] = Counter()
     seeds = []
@@ -176,7 +189,8 @@ def _answer_all(
             model, tokenizer, [prompts[i] for i in batch], [seeds[i] for i in batch], decoding, ends
         )
         for i, ids in zip(batch, new, strict=True):
-            answers[i] = _read_answer(tokenizer, rows[i], ids, ends)
+            answer = _read_answer(tokenizer, rows[i], ids, ends, starts[i])
+            answers[i] = replace(answer, prefix=prefixes[i])
     return [answers[i] for i in range(len(rows))]
 
 
@@ -211,10 +225,12 @@ def _run_batch(
     return out[:, width:].tolist()
 
 
-def _read_answer(tokenizer: Any, row: tuple[str, str], ids: list[int], ends: list[int]) -> Answer:
+def _read_answer(
+    tokenizer: Any, row: tuple[str, str], ids: list[int], ends: list[int], start: list[int]
+) -> Answer:
     """Cuts at the first terminator, by ids: the text alone cannot tell an end from a cut."""
     end = next((at for at, token in enumerate(ids) if token in ends), None)
-    kept = ids if end is None else ids[:end]
+    kept = start + (ids if end is None else ids[:end])
     text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return Answer(row[0], text, "length" if end is None else "eos", len(kept), row[1])
 

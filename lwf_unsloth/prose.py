@@ -32,7 +32,8 @@ _STRONG = re.compile(
 _WEAK = re.compile(
     r"^\s*(?:(?:for|while|if|elif|else|try|except|finally|with|switch|case)\b.*[:{]\s*$|"
     r"(?:for|while|if|switch) *\(.*|[})\]].*|.*[;{]\s*$|[A-Za-z_][\w.]*(?:\[[^\]]*\])? *"
-    r"(?:[-+*/%|&]|//)?=(?!=) *\S.*|[A-Za-z_][\w.]*\([^)]*\)?\)*;?\s*$|[A-Za-z_][\w.]*\.\w+\(.*|@\w+.*|"
+    r"(?:[-+*/%|&]|//)?=(?!=) *\S.*|[A-Za-z_][\w.]*\([^)]*\)?\)*;?\s*$|"
+    r"[A-Za-z_][\w.]*\.\w+\(.*|@\w+.*|"
     r"(?:FROM|WHERE|GROUP BY|ORDER BY|JOIN|VALUES|SET|LIMIT|HAVING)\b.*|</?[a-z][^>]*>.*)"
 )
 _JSON = re.compile(r"^\s*(?:\{\s*(?:[\"'}]|$)|\[\s*(?:[\"{\[\]\d-]|$))")

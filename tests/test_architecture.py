@@ -22,11 +22,12 @@ loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switche
 gguf_files gguf_tokenizer embedded bases model_files loaded model_card adapters merging model
 checkup memory shapes preflight
 locks teacher cache_parts teacher_identity teacher_cache cache_plan
+prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
 batches checkpoints objective meters kl_meter prechecks progress train_data trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
 evaluation dial best_adapter
-forms diagnosis advice comparison
+diagnosis advice comparison
 forgetting plots instruction_checks skill_data harness_lm benchmark_scores harness sweep widgets
 train_file demo_view demo_data demo cli __main__
 """.split()
