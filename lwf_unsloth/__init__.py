@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .config import LwFConfig, ModelConfig
     from .diagnosis import Diagnoses, Diagnosis, diagnose
     from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
+    from .evaluation import EvalSet, evaluate
     from .forms import FORMS, Form
     from .generation import DEMO_PROMPTS, generate
     from .losses import Head, lwf_loss
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .rehearsal import mix_rehearsal
     from .row_writer import self_rehearsal
     from .samples import sample_path
+    from .scores import Scores
     from .scoring import score
     from .trainer import LwFTrainer
 
@@ -41,6 +43,7 @@ _HOME = {
     "Diagnoses": "diagnosis",
     "Diagnosis": "diagnosis",
     "FORMS": "forms",
+    "EvalSet": "evaluation",
     "Fit": "preflight",
     "Form": "forms",
     "Head": "losses",
@@ -51,11 +54,13 @@ _HOME = {
     "ModelConfig": "config",
     "ModelError": "errors",
     "PromptTemplate": "records",
+    "Scores": "scores",
     "TeacherError": "errors",
     "compare": "comparison",
     "default_model": "model",
     "diagnose": "diagnosis",
     "doctor": "checkup",
+    "evaluate": "evaluation",
     "fits": "preflight",
     "generate": "generation",
     "load_adapter": "model",

@@ -52,10 +52,11 @@ class Interval:
         """Whether the interval leaves 0 out; False where there is no interval."""
         return self.low > 0 or self.high < 0
 
-    def to_dict(self) -> dict[str, float]:
-        """Plain values, for JSON; `detectable` included."""
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values, for JSON; `detectable` included, None where there is no limit."""
         names = ("value", "low", "high", "se", "detectable", "n")
-        return {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names}
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def mean_interval(

@@ -1,0 +1,131 @@
+"""A table of figures in three clothes: plain text, markdown and HTML, every cell escaped."""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lwf_unsloth.errors import DataError
+from lwf_unsloth.markup import html_text, markdown_text, shown
+
+_STYLE = """
+.lwf-n{color:inherit;font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;
+max-width:1200px;overflow-x:auto}
+.lwf-n table{border-collapse:collapse;margin:0;color:inherit;font:inherit}
+.lwf-n caption{caption-side:top;text-align:left;padding:0 2px 8px;color:inherit;font-size:12px;
+opacity:.75}
+.lwf-n tr.lwf-nr.lwf-nr,.lwf-n tr.lwf-nr.lwf-nr:hover{background:none}
+.lwf-n tr.lwf-nr>*{padding:5px 12px;text-align:left;vertical-align:top;border:0;color:inherit;
+border-bottom:1px solid rgba(128,128,128,.32);font-variant-numeric:tabular-nums}
+.lwf-n thead tr.lwf-nr>th{background:rgba(128,128,128,.1);font-weight:600}
+.lwf-n tbody tr.lwf-nr>th{font-weight:500}
+.lwf-n p{margin:8px 0 0;padding:6px 10px;border-left:3px solid rgba(217,119,6,.65);
+background:rgba(217,119,6,.14);font-size:13px}
+"""
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Rows of text under heads; the first column names the row."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+    notes: tuple[str, ...] = ()
+    """What a reader must know to read the figures right."""
+
+    def to_text(self) -> str:
+        """For a terminal: columns aligned."""
+        lines = [tuple(shown(cell) for cell in line) for line in (self.heads, *self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.heads))]
+        body = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        rule = "  ".join("-" * width for width in widths)
+        notes = [f"! {shown(note)}" for note in self.notes]
+        caption = [shown(self.caption)] if self.caption else []
+        return "\n".join([*caption, body[0], rule, *body[1:], *notes])
+
+    def to_markdown(self) -> str:
+        """For a model card or an issue."""
+        lines = [" | ".join(markdown_text(cell) for cell in line) for line in self.rows]
+        table = [
+            f"| {' | '.join(map(markdown_text, self.heads))} |",
+            "|" + "---|" * len(self.heads),
+            *(f"| {line} |" for line in lines),
+        ]
+        notes = [f"> {markdown_text(note)}\n" for note in self.notes]
+        caption = [markdown_text(self.caption), ""] if self.caption else []
+        return "\n".join([*caption, *table, "", *notes]) + "\n"
+
+    def to_html(self) -> str:
+        """For a notebook: no scripts, no outside resources, readable in light and dark themes."""
+        heads = "".join(f'<th scope="col">{html_text(head)}</th>' for head in self.heads)
+        rows = []
+        for first, *others in self.rows:
+            cells = "".join(f"<td>{html_text(cell)}</td>" for cell in others)
+            rows.append(f'<tr class="lwf-nr"><th scope="row">{html_text(first)}</th>{cells}</tr>')
+        notes = "".join(f"<p>{html_text(note)}</p>" for note in self.notes)
+        return (
+            f'<div class="lwf-n tex2jax_ignore mathjax_ignore"><style>{_STYLE}</style><table>'
+            f'<caption>{html_text(self.caption)}</caption><thead><tr class="lwf-nr">{heads}</tr>'
+            f"</thead><tbody>{''.join(rows)}</tbody></table>{notes}</div>"
+        )
+
+
+def figure(value: float | None, unit: str, signed: bool = False) -> str:
+    """A number as a table shows it: shares in percent, nats with three or four digits."""
+    if value is None or math.isnan(value):
+        return "–"
+    sign = "+" if signed else ""
+    if unit == "share":
+        return f"{100 * value:{sign}.1f} %" if not signed else f"{100 * value:+.1f} pp"
+    small = 0 < abs(value) < 0.1
+    return f"{value:{sign}.{4 if small else 3}f}"
+
+
+def save_json(path: str | os.PathLike[str], values: dict[str, Any]) -> Path:
+    """Writes JSON whole or not at all; makes the folder.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(values, ensure_ascii=False, indent=1)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        # A lone surrogate has no UTF-8; its \\uXXXX form is valid JSON and reads back the same.
+        with os.fdopen(
+            handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file:
+            file.write(text + "\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Reads what `save_json` wrote.
+
+    Raises:
+        DataError: No such file, or no JSON object of that kind in it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} could not be read as {what}: {error}.") from error
+    if not isinstance(values, dict) or values.get("what") != what:
+        found = values.get("what") if isinstance(values, dict) else type(values).__name__
+        raise DataError(
+            f"{str(path)!r} holds {found!r}, but {what!r} is needed: give the file that "
+            "save() wrote."
+        )
+    return values
