@@ -5,10 +5,12 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.answers import Answer, Generations
+from lwf_unsloth.diagnosis import FAULTS, Diagnoses, Diagnosis, diagnose
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.markup import markdown_text, page, shown, table
 
@@ -54,6 +56,17 @@ class Comparison:
         """Names of the two sides: those the caller gave, else "before" and "after"."""
         return self.before.label or "before", self.after.label or "after"
 
+    @cached_property
+    def diagnoses(self) -> tuple[Diagnoses, Diagnoses]:
+        """What is wrong with the answers, before and after."""
+        return diagnose(self.before), diagnose(self.after)
+
+    @property
+    def fault_changes(self) -> list[tuple[str, int, int]]:
+        """(name, answers before, answers after) of every fault that some answer has."""
+        left, right = (side.counts for side in self.diagnoses)
+        return [(FAULTS[k], left[k], right[k]) for k in FAULTS if left[k] or right[k]]
+
     @property
     def caption(self) -> str:
         """Prompts, decoding settings, template and model in a line."""
@@ -67,19 +80,25 @@ class Comparison:
         return " · ".join(part for part in parts if part)
 
     def __str__(self) -> str:
-        """The two rates and lengths, for a terminal."""
+        """Rates, lengths and faults, for a terminal."""
         left, right = self.labels
         return (
             f"EOS rate {self.eos_rate_before:.0%} {left} -> {self.eos_rate_after:.0%} {right}, "
-            f"mean length {self.mean_tokens_before:.0f} -> {self.mean_tokens_after:.0f} tokens "
-            f"({self.caption})"
+            f"mean length {self.mean_tokens_before:.0f} -> {self.mean_tokens_after:.0f} tokens, "
+            f"without fault {' -> '.join(str(side.sound) for side in self.diagnoses)} of "
+            f"{len(self.before)} ({self.caption})"
         )
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The table for a notebook; no scripts, no outside resources, everything escaped."""
-        return table((self.before, self.after), self.labels, self.caption, self.notes)
+        faults = [[fault_words(one) for one in side] for side in self.diagnoses]
+        left, right = self.diagnoses
+        summary = [f"Answers without fault: {left.sound} → {right.sound} of {len(left)}"]
+        summary += [f"{name}: {one} → {two}" for name, one, two in self.fault_changes]
+        sides = (self.before, self.after)
+        return table(sides, self.labels, self.caption, self.notes, faults, summary)
 
     def to_html(self) -> str:
         """The table as a page of its own, light or dark as the reader's system is."""
@@ -101,16 +120,19 @@ class Comparison:
             "|---|---|---|",
             f"| EOS rate | {self.eos_rate_before:.0%} | {self.eos_rate_after:.0%} |",
             f"| mean tokens | {self.mean_tokens_before:.1f} | {self.mean_tokens_after:.1f} |",
+            f"| answers without fault | {' | '.join(str(s.sound) for s in self.diagnoses)} |",
+            *(f"| {name} | {one} | {two} |" for name, one, two in self.fault_changes),
             "",
             "| prompt | " + " | ".join(markdown_text(head) for head in heads) + " |",
             "|---|---|---|",
         ]
-        for left, right in self.rows:
-            asked = left.prompt + (f"\n\n{left.input}" if left.input else "")
-            cells = [
-                asked,
-                *(f"{answer.text}\n\n({stop_words(answer)})" for answer in (left, right)),
+        for pair, found in zip(self.rows, zip(*self.diagnoses, strict=True), strict=True):
+            asked = pair[0].prompt + (f"\n\n{pair[0].input}" if pair[0].input else "")
+            ends = [
+                "; ".join([stop_words(a), *fault_words(d)])
+                for a, d in zip(pair, found, strict=True)
             ]
+            cells = [asked, *(f"{a.text}\n\n({end})" for a, end in zip(pair, ends, strict=True))]
             lines.append("| " + " | ".join(markdown_text(cell) for cell in cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -122,6 +144,9 @@ class Comparison:
             "eos_rate": {"before": self.eos_rate_before, "after": self.eos_rate_after},
             "mean_tokens": {"before": self.mean_tokens_before, "after": self.mean_tokens_after},
             "notes": list(self.notes),
+            "diagnosis": dict(
+                zip(("before", "after"), (s.to_dict() for s in self.diagnoses), strict=True)
+            ),
         }
 
     @classmethod
@@ -153,6 +178,11 @@ def stop_words(answer: Answer) -> str:
     """Why an answer stopped and how long it is, in words."""
     size = f"{answer.tokens} token{'s' * (answer.tokens != 1)}"
     return f"eos, {size}" if answer.stop == "eos" else f"length, cut at {size}"
+
+
+def fault_words(diagnosis: Diagnosis) -> list[str]:
+    """What is wrong with an answer, beside a cut, which the stop reason says already."""
+    return [f"{FAULTS[f.kind]}: {f.detail}" for f in diagnosis.faults if f.kind != "cut"]
 
 
 def write_atomically(path: Path, text: str, errors: str = "strict") -> None:

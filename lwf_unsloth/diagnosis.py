@@ -25,7 +25,7 @@ from lwf_unsloth.prose import same, size
 from lwf_unsloth.repeats import find_repeat
 
 FAULTS: Mapping[str, str] = {
-    "empty": "no text",
+    "empty": "empty",
     "cut": "cut by length",
     "mid_sentence": "cut mid-sentence",
     "mid_code": "cut mid-code",
@@ -37,8 +37,9 @@ FAULTS: Mapping[str, str] = {
 """Kind of fault -> its name for a person."""
 
 MARKERS = re.compile(
-    r"^[ \t]*#{2,4}[ \t]*(?:Instruction|Input|Response|Output|Question|Answer|指示|入力|応答|回答|"
-    r"出力)[ \t]*(?:[:：]|$)|<\|[a-zA-Z_]{1,30}\|>|</?(?:start|end)_of_turn>|"
+    r"(?:(?<=\s)|^)#{2,4}[ \t]*(?:Instruction|Input|Response|指示|入力|応答)[ \t]*(?:[:：]|$)|"
+    r"^[ \t]*#{2,4}[ \t]*(?:Question|Answer|質問|回答)[ \t]*[:：]|"
+    r"<\|[a-zA-Z_]{1,30}\|>|</?(?:start|end)_of_turn>|"
     r"\[/?INST\]|<</?SYS>>|<(?:pad|bos|eos|unk|mask|s|/s)>|<unused\d+>|"
     r"Below is an instruction that describes a task|"
     r"^(?:User|Human|Assistant|AI|ユーザー|アシスタント)[ \t]*[:：]",

@@ -52,6 +52,10 @@ font-size:13px}
 font-size:12px;line-height:18px;font-weight:500;white-space:nowrap}
 .lwf .lwf-eos{background:var(--good);border-color:var(--good-line)}
 .lwf .lwf-length{background:var(--warn);border-color:var(--warn-line)}
+.lwf .lwf-fault{background:none;border-color:var(--warn-line);border-style:dashed;
+white-space:normal;overflow-wrap:anywhere;margin-left:4px;border-radius:10px}
+.lwf .lwf-s{margin:10px 2px 0;font-size:13px}
+.lwf .lwf-s span{display:inline-block;margin:0 14px 4px 0}
 .lwf .lwf-m{display:block;height:5px;margin:8px 0 4px;border-radius:3px;background:var(--line)}
 .lwf .lwf-m i{display:block;height:5px;border-radius:3px;background:rgb(22,163,96)}
 .lwf .lwf-u{font:600 11px/1 ui-monospace,monospace;padding:0 3px;border-radius:3px;
@@ -109,8 +113,8 @@ def _text_box(text: str, extra: str = "") -> str:
     return f'<pre class="{kind}" dir="auto">\n{html_text(text)}</pre>'
 
 
-def _answer_cell(answer: Answer, label: str) -> str:
-    """One answer with its stop badge."""
+def _answer_cell(answer: Answer, label: str, faults: Sequence[str]) -> str:
+    """One answer with its stop badge and what is wrong with it."""
     size = f"{answer.tokens} token{'s' * (answer.tokens != 1)}"
     words = f"✓ eos · {size}" if answer.stop == "eos" else f"✂ length · cut at {size}"
     kind = "eos" if answer.stop == "eos" else "length"
@@ -118,7 +122,10 @@ def _answer_cell(answer: Answer, label: str) -> str:
         _text_box(answer.text) if answer.text.strip() else '<span class="lwf-none">no text</span>'
     )
     side = html.escape(shown(label))
-    return f'<td data-side="{side}"><span class="lwf-b lwf-{kind}">{words}</span>{text}</td>'
+    marks = "".join(
+        f'<span class="lwf-b lwf-fault">⚠ {html_text(fault)}</span>' for fault in faults
+    )
+    return f'<td data-side="{side}"><span class="lwf-b lwf-{kind}">{words}</span>{marks}{text}</td>'
 
 
 def _head_cell(side: Generations, label: str) -> str:
@@ -132,7 +139,12 @@ def _head_cell(side: Generations, label: str) -> str:
 
 
 def table(
-    sides: Sequence[Generations], labels: Sequence[str], caption: str, notes: Sequence[str]
+    sides: Sequence[Generations],
+    labels: Sequence[str],
+    caption: str,
+    notes: Sequence[str],
+    faults: Sequence[Sequence[Sequence[str]]] = (),
+    summary: Sequence[str] = (),
 ) -> str:
     """The comparison as one HTML table, one row a prompt, one column a side.
 
@@ -141,27 +153,33 @@ def table(
         labels: Names of the sides.
         caption: Settings in a line.
         notes: Warnings shown above the table.
+        faults: What is wrong with each answer, by side, then prompt; none where not given.
+        summary: Lines under the table.
 
     Returns:
         HTML without scripts or outside resources, styled for its own class alone.
     """
     rows = []
-    for answers in zip(*sides, strict=True):
+    wrong = faults or [[()] * len(side) for side in sides]
+    for answers, marks in zip(zip(*sides, strict=True), zip(*wrong, strict=True), strict=True):
         asked = answers[0]
         given = _text_box(asked.input, " lwf-in") if asked.input else ""
-        cells = "".join(map(_answer_cell, answers, labels))
+        cells = "".join(map(_answer_cell, answers, labels, marks))
         rows.append(
             f'<tr class="lwf-r"><th scope="row">{_text_box(asked.prompt)}{given}</th>{cells}</tr>'
         )
     heads = "".join(map(_head_cell, sides, labels))
     warnings = "".join(f'<span class="lwf-note">{html_text(note)}</span>' for note in notes)
+    below = "".join(f"<span>{html_text(line)}</span>" for line in summary)
     return (
         f'<div class="lwf tex2jax_ignore mathjax_ignore"><style>{STYLE}</style>'
         '<table class="lwf-t">'
         f'<caption><span class="lwf-sub">{html_text(caption)}</span>{warnings}</caption>'
         f'<colgroup><col class="lwf-p">{"<col>" * len(sides)}</colgroup>'
         f'<thead><tr class="lwf-r"><th scope="col">prompt</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+        + (f'<div class="lwf-s">{below}</div>' if below else "")
+        + "</div>"
     )
 
 

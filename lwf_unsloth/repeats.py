@@ -68,11 +68,16 @@ def _loops(part: Part) -> list[Repeat]:
             if i < len(names) and names[i] == names[i - period]:
                 run += 1
                 continue
-            times = run // period + 1
             first = i - run - period
+            while run and first < i - period and not names[first][0].isalnum():
+                first, run = first + 1, run - 1  # a loop begins with a word
+            times = run // period + 1
             if times > 1 and _is_loop(names[first : first + period], times, part.kind):
                 unit = part.text[marks[first][1] : marks[first + period - 1][2]]
-                start, end = part.start + marks[first][1], part.start + marks[i - 1][2]
+                start, end = (
+                    part.start + marks[first][1],
+                    part.start + marks[first + times * period - 1][2],
+                )
                 found.append(Repeat(unit, times, start, end))
             run = 0
     return found
