@@ -163,12 +163,17 @@ def sentences(text: str) -> list[tuple[int, int]]:
             continue
         if point and re.fullmatch(r"\s*\(?\d{1,3}", head):
             continue  # the number of a list item
-        if text[start : match.end()].strip():
-            found.append((start, match.end()))
+        found.append((start, match.end()))
         start = match.end()
-    if text[start:].strip():
-        found.append((start, len(text)))
-    return found
+    return [
+        _trimmed(text, *span) for span in [*found, (start, len(text))] if text[slice(*span)].strip()
+    ]
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without spaces at its ends."""
+    piece = text[start:end]
+    return end - len(piece.lstrip()), start + len(piece.rstrip())
 
 
 def words(text: str) -> int:

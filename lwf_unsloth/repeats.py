@@ -44,6 +44,8 @@ def find_repeat(text: str, verse: bool = False) -> Repeat | None:
         found += _lines(part)
         if part.kind == "prose" and not verse:
             found += _sentences(part)
+        if part.kind == "prose" and not verse and not found:
+            found += _long_ngrams(part)
     return max(found, key=lambda one: (one.end - one.start, one.times), default=None)
 
 
@@ -113,7 +115,7 @@ def _lines(part: Part) -> list[Repeat]:
 
 
 def _sentences(part: Part) -> list[Repeat]:
-    """Sentences that come again, also with others between them, and long n-grams that do."""
+    """Sentences that come again, also with others between them."""
     places: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for start, end in sentences(part.text):
         places[same(part.text[start:end])].append((start, end))
@@ -123,7 +125,7 @@ def _sentences(part: Part) -> list[Repeat]:
         if len(spans) >= 2 and length >= (6 if len(spans) == 2 else 3):
             start, end = part.start + spans[0][0], part.start + spans[-1][1]
             found.append(Repeat(part.text[slice(*spans[0])].strip(), len(spans), start, end))
-    return found + _long_ngrams(part)
+    return found
 
 
 def _long_ngrams(part: Part) -> list[Repeat]:
