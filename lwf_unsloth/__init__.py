@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .evaluation import EvalSet, evaluate
     from .forms import FORMS, Form
     from .generation import DEMO_PROMPTS, generate
+    from .harness import evaluate_benchmarks
     from .losses import Head, lwf_loss
     from .merging import merge_model
     from .model import default_model, load_adapter, load_model
@@ -61,6 +62,7 @@ _HOME = {
     "diagnose": "diagnosis",
     "doctor": "checkup",
     "evaluate": "evaluation",
+    "evaluate_benchmarks": "harness",
     "fits": "preflight",
     "generate": "generation",
     "load_adapter": "model",
