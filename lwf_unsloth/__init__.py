@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
     from .evaluation import EvalSet, evaluate
     from .forms import FORMS, Form
+    from .forgetting import ForgettingReport, forgetting_report
     from .generation import DEMO_PROMPTS, generate
     from .harness import evaluate_benchmarks
     from .losses import Head, lwf_loss
@@ -47,6 +48,7 @@ _HOME = {
     "EvalSet": "evaluation",
     "Fit": "preflight",
     "Form": "forms",
+    "ForgettingReport": "forgetting",
     "Head": "losses",
     "LoadReport": "alpaca",
     "LwFConfig": "config",
@@ -64,6 +66,7 @@ _HOME = {
     "evaluate": "evaluation",
     "evaluate_benchmarks": "harness",
     "fits": "preflight",
+    "forgetting_report": "forgetting",
     "generate": "generation",
     "load_adapter": "model",
     "load_alpaca": "alpaca",

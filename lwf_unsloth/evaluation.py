@@ -247,7 +247,7 @@ def _answers(
         return {}
 
     def ask(who: Any, **more: Any) -> Generations:
-        size = batch_size or (64 if on_cuda() else 16)
+        size = batch_size or (64 if on_cuda() else 32)
         return generate(
             who, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=size, **more
         )

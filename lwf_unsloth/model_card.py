@@ -73,7 +73,14 @@ def _base_facts(loaded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _block(value: Any) -> str:
-    """A mapping as a table, a list as a list, anything else as a line."""
+    """A mapping as a table, a list as a list, anything else as a line; a mapping of mappings with
+    the same keys as a table with these as heads.
+    """
+    if isinstance(value, Mapping) and (heads := _heads(value)):
+        table = [["", *map(_text, heads)]]
+        table += [[_text(key), *(_text(row[head]) for head in heads)] for key, row in value.items()]
+        top, *body = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in table]
+        return "\n".join([top, "|" + "---|" * (len(heads) + 1), *body])
     if isinstance(value, Mapping):
         rows = [(key, one) for key, one in value.items() if str(key).lower() not in _SECRET_KEYS]
         lines = [f"| {_text(key)} | {_text(one)} |" for key, one in rows]
@@ -81,6 +88,16 @@ def _block(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "\n".join(f"- {_text(one)}" for one in value) or "(none)"
     return _text(value)
+
+
+def _heads(value: Mapping[str, Any]) -> list[str]:
+    """The keys that all of several mappings share; empty where they are no such table."""
+    rows = list(value.values())
+    if len(rows) < 2 or not all(isinstance(row, Mapping) for row in rows):
+        return []
+    heads = list(rows[0])
+    secret = any(str(key).lower() in _SECRET_KEYS for key in [*heads, *value])
+    return heads if not secret and all(list(row) == heads for row in rows) else []
 
 
 def _text(value: Any) -> str:
