@@ -158,12 +158,12 @@ def _options(text: str, options: Sequence[str]) -> bool:
 
 
 def _language(text: str, language: str) -> bool:
-    """Japanese: at least 8 of 10 letters are; English: 9 of 10 are ASCII, with English words."""
+    """Japanese: at least 7 of 10 letters are; English: 9 of 10 are ASCII, with English words."""
     letters = [c for c in text if c.isalpha()]
     if not letters:
         return False
     if language == "ja":
-        return sum(bool(_JAPANESE.match(c)) for c in letters) >= 0.8 * len(letters)
+        return sum(bool(_JAPANESE.match(c)) for c in letters) >= 0.7 * len(letters)
     words = [word.lower() for word in _WORD.findall(text)]
     ascii_share = sum(c.isascii() for c in letters) / len(letters)
     return ascii_share >= 0.9 and (len(words) < 4 or not _ENGLISH.isdisjoint(words))
