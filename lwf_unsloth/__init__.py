@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import save_adapter
+    from .advice import Advice, advise
     from .alpaca import AlpacaData, LoadReport, load_alpaca, load_text
     from .best_adapter import BestAdapter
     from .checkup import doctor
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from .diagnosis import Diagnoses, Diagnosis, diagnose
     from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
     from .evaluation import EvalSet, evaluate
-    from .forms import FORMS, Form
+    from .facts import TrainingFacts
     from .forgetting import ForgettingReport, forgetting_report
+    from .forms import FORMS, Form
     from .generation import DEMO_PROMPTS, generate
     from .harness import evaluate_benchmarks
     from .losses import Head, lwf_loss
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Advice": "advice",
     "AlpacaData": "alpaca",
     "BestAdapter": "best_adapter",
     "Comparison": "comparison",
@@ -44,11 +47,11 @@ _HOME = {
     "DataError": "errors",
     "Diagnoses": "diagnosis",
     "Diagnosis": "diagnosis",
-    "FORMS": "forms",
     "EvalSet": "evaluation",
+    "FORMS": "forms",
     "Fit": "preflight",
-    "Form": "forms",
     "ForgettingReport": "forgetting",
+    "Form": "forms",
     "Head": "losses",
     "LoadReport": "alpaca",
     "LwFConfig": "config",
@@ -59,6 +62,8 @@ _HOME = {
     "PromptTemplate": "records",
     "Scores": "scores",
     "TeacherError": "errors",
+    "TrainingFacts": "facts",
+    "advise": "advice",
     "compare": "comparison",
     "default_model": "model",
     "diagnose": "diagnosis",

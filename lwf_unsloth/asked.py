@@ -109,6 +109,15 @@ def wishes(prompt: str) -> list[Wish]:
     return found
 
 
+def has_form(form: str, text: str) -> bool:
+    """Whether a text holds a form: "table", "list", "code" or "json"."""
+    if form == "list":
+        return not _no_list(text, False, 0)
+    if form == "code":
+        return any(part.kind == "code" for part in parts(text))
+    return not {"table": _no_table, "json": _no_json}[form](text, False)
+
+
 def _asked_items(prompt: str) -> int:
     """How many items are asked for; 0 where no number is named."""
     match = _ITEMS.search(prompt)

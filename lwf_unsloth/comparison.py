@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lwf_unsloth.advice import Advice, advise
 from lwf_unsloth.answers import Answer, Generations
 from lwf_unsloth.diagnosis import FAULTS, Diagnoses, Diagnosis, diagnose
 from lwf_unsloth.errors import DataError
+from lwf_unsloth.facts import TrainingFacts
 from lwf_unsloth.markup import markdown_text, page, shown, table
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,14 @@ class Comparison:
         """(name, answers before, answers after) of every fault that some answer has."""
         left, right = (side.counts for side in self.diagnoses)
         return [(FAULTS[k], left[k], right[k]) for k in FAULTS if left[k] or right[k]]
+
+    def advice(self, facts: TrainingFacts | None = None) -> Advice:
+        """What to change so that the faults after training go away.
+
+        Args:
+            facts: `TrainingFacts.of(trainer)`; without it only the decoding can be judged.
+        """
+        return advise(self.after, facts)
 
     @property
     def caption(self) -> str:
