@@ -81,3 +81,29 @@ def write_result(
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)
     return path
+
+
+def earlier_rows(
+    name: str, keys: tuple[str, ...], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of the committed result that were not measured again, each with its commit and date.
+
+    Args:
+        name: File name without suffix.
+        keys: What tells rows apart.
+        rows: The rows measured now.
+
+    Returns:
+        The earlier rows, in their order.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    of = {key: before["meta"].get(key) for key in ("commit", "date", "card")}
+    now = {tuple(row.get(key) for key in keys) for row in rows}
+    return [
+        {**row, **{key: row.get(key, value) for key, value in of.items()}}
+        for row in before["rows"]
+        if tuple(row.get(key) for key in keys) not in now
+    ]

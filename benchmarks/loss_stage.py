@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._results import write_result
+from benchmarks._results import earlier_rows, write_result
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 VOCABS = (256000, 49152, 151936)
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder of the result; default benchmarks/results")
     parser.add_argument("--tune", action="store_true", help="bodies and chunk sizes of ours")
+    parser.add_argument("--add", action="store_true", help="keep rows that are not measured now")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, result to --out only")
     options = parser.parse_args()
     if options.smoke:
@@ -288,7 +289,8 @@ def main() -> None:
                 print(rows[-1], flush=True)
             del case
             if options.out or not options.smoke:
-                write_result(name, rows, settings, options.seed, options.out)
+                kept = earlier_rows(name, ("vocab", "dtype", "arm"), rows) if options.add else []
+                write_result(name, [*kept, *rows], settings, options.seed, options.out)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def parse() -> argparse.Namespace:
     alpaca.add_argument("--instructions", type=int, default=100, help="answered before and after")
     alpaca.add_argument("--new-tokens", type=int, default=256)
     alpaca.add_argument("--longest-answer", type=int, help="tokens; default --new-tokens, 0 any")
+    alpaca.add_argument("--lambda0-to", type=Path, help=argparse.SUPPRESS)
     alpaca.add_argument("--eos-target", type=float, default=0.8)
     return parser.parse_args()
 
@@ -212,10 +213,11 @@ def main() -> None:
         settings = {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(options).items()
-            if key not in ("run", "out", "folder", "rows", "wiki")
+            if key not in ("run", "out", "folder", "rows", "wiki", "lambda0_to")
         }
+        part = options.lambda0_to is not None  # the other process writes the whole row
         for folder in dict.fromkeys([None if options.smoke else RESULTS, options.out]):
-            if folder:
+            if folder and not part:
                 save(row, settings, options.seed, folder)
     sys.exit(failed)
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks import _steps
 from benchmarks._clock import CUDA, clock
-from benchmarks._results import RESULTS, ROOT, write_result
+from benchmarks._results import RESULTS, ROOT, earlier_rows, write_result
 from benchmarks._steps import Kind, Loop, Loss, Size, period, tried
 from lwf_unsloth.backend import prepare
 
@@ -48,6 +48,7 @@ SECOND = ("two_models", "trl_gkd")
 ARMS = (*FIRST, *OTHERS, *SECOND, "document_script")
 FEW = 4
 """Rounds of the arms that are not in `FIRST`."""
+KEYS = ("shape", "labelled", "arm")
 SHARES = {"ours_r06": Fraction(1, 16), "ours_r20": Fraction(1, 5)}
 
 
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder of the result; default benchmarks/results")
     parser.add_argument("--profile", action="store_true", help="where the time goes")
+    parser.add_argument("--add", action="store_true", help="keep rows that are not measured now")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, result to --out only")
     options = parser.parse_args()
     if options.smoke:
@@ -283,7 +285,8 @@ def main() -> None:
 
     def save(rows: list[dict[str, Any]]) -> None:
         if options.out or not options.smoke:
-            write_result("step_cost", rows, settings, options.seed, options.out)
+            kept = earlier_rows("step_cost", KEYS, rows) if options.add else []
+            write_result("step_cost", [*kept, *rows], settings, options.seed, options.out)
 
     measure(options, save)
 

@@ -35,9 +35,14 @@ def as_table(head: list[str], rows: list[list[Any]]) -> str:
 def source(result: dict[str, Any]) -> str:
     """Card, versions and commit of a result, in a line."""
     meta = result["meta"]
+    commits = [row["commit"][:8] for row in result["rows"] if "commit" in row]
+    earlier = "".join(
+        f" {commits.count(commit)} rows are of an earlier run, commit {commit}."
+        for commit in dict.fromkeys(commits)
+    )
     return (
         f"\n{meta['card']}, torch {meta['torch']}, unsloth {meta['unsloth']}, "
-        f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`.\n"
+        f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`.{earlier}\n"
     )
 
 
