@@ -79,7 +79,8 @@ class Advice(Sequence[Hint]):
         """The hints as a list."""
         if not self.hints:
             return "<p>Nothing to change.</p>"
-        return "<ul>" + "".join(f"<li>{html_text(h.sentence)}</li>" for h in self.hints) + "</ul>"
+        lines = "".join(f"<li>{html_text(hint.sentence)}</li>" for hint in self.hints)
+        return f'<ul class="tex2jax_ignore mathjax_ignore">{lines}</ul>'
 
     def apply(self, given: Any) -> Any:
         """A copy of settings with the changes that are for them; what was given stays as it is.

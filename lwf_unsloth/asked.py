@@ -135,13 +135,13 @@ def _no_table(text: str, cut: bool) -> str:
                 return ""
     if re.search("<table|CREATE TABLE", text, re.I) or (cut and text.count("|") >= 2):
         return ""
-    return "a table was asked for, there is none"
+    return "no table"
 
 
 def _no_list(text: str, cut: bool, count: int) -> str:
     found = len(items(text))
     if found < (1 if cut or count == 1 else 2):
-        return "a list was asked for, there is none"
+        return "no list"
     return _other_count(text, cut, count)
 
 
@@ -150,12 +150,12 @@ def _other_count(text: str, cut: bool, count: int) -> str:
     found = len(items(text))
     if not count or found < 2 or found == count or (cut and found < count):
         return ""
-    return f"{count} items were asked for, there are {found}"
+    return f"{found} items instead of {count}"
 
 
 def _no_code(text: str) -> str:
     block = any(part.kind == "code" and part.text.strip() for part in parts(text))
-    return "" if block or re.search(r"`[^`\n]+`", text) else "code was asked for, there is none"
+    return "" if block or re.search(r"`[^`\n]+`", text) else "no code"
 
 
 def _no_json(text: str, cut: bool) -> str:
@@ -172,7 +172,7 @@ def _no_json(text: str, cut: bool) -> str:
     if starts and cut:
         return ""
     if starts:
-        return "JSON was asked for, what is there does not parse"
+        return "JSON that does not parse"
     for match in re.finditer(r"[{\[]", text):
         try:
             value, end = json.JSONDecoder().raw_decode(text, match.start())
@@ -180,4 +180,4 @@ def _no_json(text: str, cut: bool) -> str:
             continue
         if isinstance(value, (dict, list)) and value and end - match.start() > len(whole) / 3:
             return ""
-    return "JSON was asked for, there is none"
+    return "no JSON"

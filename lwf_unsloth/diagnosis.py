@@ -240,7 +240,7 @@ def _ending(text: str, stop: str) -> list[Fault]:
     if inside is not None:
         return [Fault("mid_code", f"ends with {_short(text[-40:])!r}")] if inside else []
     why = dangling(text, stop)
-    return [Fault("mid_sentence", f"{why}: {_short(text[-40:])!r}")] if why else []
+    return [Fault("mid_sentence", f"{why}, {_short(text[-40:])!r}")] if why else []
 
 
 def _echo(answer: Answer) -> list[Fault]:

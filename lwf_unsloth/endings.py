@@ -104,7 +104,7 @@ def dangling(text: str, stop: str) -> str:
     if last and (last in _STOPS or _is_symbol(last)) and text[-1] not in "(":
         return ""
     if stop == "length":
-        return "does not end like a sentence"
+        return "no end of a sentence"
     if last in (",", "、", "，", ";", "；") or text[-1] in ("-", "(", "（", "「"):
         return "ends with a mark that goes on"
     if text[-1] in _CLOSERS and last != text[-1]:

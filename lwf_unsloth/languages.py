@@ -96,7 +96,7 @@ def mismatch(text: str, wanted: Language) -> str:
         fits = scripts[wanted.script] >= 0.5 * total
     found = scripts.most_common(1)[0][0]
     if not fits:
-        return f"{wanted.name} was asked for, the answer is in {_script_name(found)}"
+        return f"{_script_name(found)} instead of {wanted.name}"
     return _other_latin(prose, wanted) if wanted.script == "latin" else ""
 
 
@@ -112,5 +112,5 @@ def _other_latin(prose: str, wanted: Language) -> str:
     hits = {name: sum(word in common.split() for word in words) for name, common in _COMMON.items()}
     best = max(hits, key=lambda name: hits[name])
     if best != wanted.name and hits[best] >= 3 and hits[best] > 2 * hits[wanted.name]:
-        return f"{wanted.name} was asked for, the answer is in {best}"
+        return f"{best} instead of {wanted.name}"
     return ""

@@ -85,7 +85,7 @@ class Length:
         """How the answer misses it, in words; a cut answer may be too short. "" where it fits."""
         found = measure(text, self.unit)
         if found > self.high or (found < self.low and not cut):
-            return f'"{self.asked}" was asked for, there are {found} {self.unit}s'
+            return f'{found} {self.unit}{"s" * (found != 1)} where "{self.asked}" was asked for'
         return ""
 
 

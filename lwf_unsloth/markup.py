@@ -53,7 +53,8 @@ font-size:12px;line-height:18px;font-weight:500;white-space:nowrap}
 .lwf .lwf-eos{background:var(--good);border-color:var(--good-line)}
 .lwf .lwf-length{background:var(--warn);border-color:var(--warn-line)}
 .lwf .lwf-fault{background:none;border-color:var(--warn-line);border-style:dashed;
-white-space:normal;overflow-wrap:anywhere;margin-left:4px;border-radius:10px}
+white-space:normal;overflow-wrap:anywhere;margin:0 0 8px;border-radius:10px}
+.lwf .lwf-b+.lwf-fault{margin-right:4px}
 .lwf .lwf-s{margin:10px 2px 0;font-size:13px}
 .lwf .lwf-s span{display:inline-block;margin:0 14px 4px 0}
 .lwf .lwf-m{display:block;height:5px;margin:8px 0 4px;border-radius:3px;background:var(--line)}
@@ -101,9 +102,18 @@ def markdown_text(text: str) -> str:
     for line in shown(text).split("\n"):
         bare = line.lstrip(" \t")
         indent = line[: len(line) - len(bare)].replace("\t", "    ")
-        bare = re.sub(r"[&<>|`*_\[\]~$\\]", lambda match: f"&#{ord(match.group())};", bare)
-        lines.append("&nbsp;" * len(indent) + bare.replace("://", "&#58;//"))
+        bare = re.sub(r"[&<>|`*_\[\]~$\\@]", _entity, bare)
+        bare = bare.replace("://", "&#58;//")  # addresses are no links either
+        lines.append("&nbsp;" * len(indent) + re.sub(r"(?i)\b(www)\.", r"\1&#46;", bare))
     return "<br>".join(lines)
+
+
+def _entity(match: re.Match[str]) -> str:
+    """A character as an entity; what begins a formula for MathJax or KaTeX, which read the finished
+    page, in an element of its own, over whose border they do not look.
+    """
+    entity = f"&#{ord(match.group())};"
+    return f"<span>{entity}</span>" if match.group() in "$\\" else entity
 
 
 def _text_box(text: str, extra: str = "") -> str:

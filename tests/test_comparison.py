@@ -31,6 +31,8 @@ NASTY = [
     "日本語の答え。🙂 \U0001f468\u200d\U0001f469\u200d\U0001f467",  # joined by zero-width joiners
     "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian with a zero-width non-joiner
     "{instruction} {{x}} %s %d {0}",
+    "\\begin{align}x\\end{align} and \\[y\\]",
+    "see www.example.org or write to someone@example.org",
     "x" * 50_000,
 ]
 
@@ -192,6 +194,7 @@ def test_markdown_has_one_row_a_prompt_and_shows_the_text_as_text():
     for text, row in zip(texts, rows, strict=True):
         assert len(row) == 3
         seen = re.sub(r"<br\s*/?>", "\n", row[1])
+        seen = re.sub(r"</?span>", "", seen)
         seen = html_library.unescape(seen).replace("\xa0", " ")
         wanted = text.replace("\r", "[CR]").replace("\t", "    ")
         assert seen.rsplit("\n\n(", 1)[0].strip() == wanted.strip()
@@ -299,3 +302,49 @@ def test_its_text_form_is_one_line_with_the_figures():
     line = repr(pair(["a", "b"], ["a", "b c"]))
     assert "\n" not in line
     assert "EOS rate 50% before -> 50% after" in line
+
+
+def notebook_page(output):
+    """An output as the page that nbconvert makes of a notebook with it, parsed."""
+    import nbformat
+    from bs4 import BeautifulSoup
+    from nbconvert import HTMLExporter
+
+    cell = nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("display_data", output)])
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    return BeautifulSoup(page, "html.parser")
+
+
+UNSAFE = ["script", "img", "link", "iframe", "h1", "strong", "em", "del", "a", "math", "i"]
+
+
+def test_in_a_notebooks_html_page_model_text_is_text_alone():
+    texts = [*NASTY, "\x1b[31mred\x1b[0m", "a\u202eb\u200fc", "x" * 50_000]
+    plain = notebook_page({"text/html": pair(["a"], ["b"])._repr_html_()})
+    page = notebook_page({"text/html": pair(texts, texts)._repr_html_()})
+    counts = [{name: len(one.find_all(name)) for name in UNSAFE[:-1]} for one in (plain, page)]
+    assert counts[0] == counts[1]
+    wanted = [re.sub("\r", "[CR]", text) for text in texts]
+    for character, name in (("\x1b", "ESC"), ("\u202e", "U+202E"), ("\u200f", "U+200F")):
+        wanted = [text.replace(character, f"[{name}]") for text in wanted]
+    cells = page.select("table.lwf-t tbody td")
+    assert [cell.pre.text.removeprefix("\n") for cell in cells[::2]] == wanted
+    assert page.select_one("div.tex2jax_ignore table.lwf-t")
+
+
+def test_in_a_notebooks_html_page_the_markdown_shows_text_and_starts_no_formula():
+    from bs4 import NavigableString
+
+    texts = [text for text in NASTY if len(text) < 1000]
+    page = notebook_page({"text/markdown": pair(texts, texts).to_markdown()})
+    (area,) = page.select(".jp-RenderedMarkdown, .jp-RenderedHTMLCommon.jp-OutputArea-output")
+    assert not area.find_all([name for name in UNSAFE if name not in ("h1", "a")])
+    assert len(area.find_all("h1")) == 1, "the title"
+    assert not [link for link in area.find_all("a") if "anchor-link" not in link.get("class", [])]
+    rows = area.find_all("tbody")[-1].find_all("tr")
+    assert [len(row.find_all("td")) for row in rows] == [3] * len(texts)
+    for node in area.find_all(string=True):
+        # What a formula begins and ends with is never in one run of text with anything else.
+        alone = isinstance(node, NavigableString) and node.strip() in ("$", "\\")
+        assert alone or not re.search(r"[$\\]", node)
