@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter_dial import DialResult, dial, scale_adapter, set_adapter_scale
     from .adapters import save_adapter
     from .advice import Advice, advise
     from .alpaca import AlpacaData, LoadReport, load_alpaca, load_text
@@ -47,6 +48,7 @@ _HOME = {
     "DataError": "errors",
     "Diagnoses": "diagnosis",
     "Diagnosis": "diagnosis",
+    "DialResult": "adapter_dial",
     "EvalSet": "evaluation",
     "FORMS": "forms",
     "Fit": "preflight",
@@ -67,6 +69,7 @@ _HOME = {
     "compare": "comparison",
     "default_model": "model",
     "diagnose": "diagnosis",
+    "dial": "adapter_dial",
     "doctor": "checkup",
     "evaluate": "evaluation",
     "evaluate_benchmarks": "harness",
@@ -82,7 +85,9 @@ _HOME = {
     "mix_rehearsal": "rehearsal",
     "sample_path": "samples",
     "save_adapter": "adapters",
+    "scale_adapter": "adapter_dial",
     "score": "scoring",
+    "set_adapter_scale": "adapter_dial",
     "self_rehearsal": "row_writer",
     "set_template": "records",
 }

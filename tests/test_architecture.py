@@ -26,7 +26,7 @@ prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
 batches checkpoints objective meters kl_meter prechecks progress train_data trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
-evaluation dial best_adapter
+evaluation adapter_dial best_adapter
 diagnosis facts loss_curve advice comparison
 forgetting plots instruction_checks skill_data harness_lm task_score benchmark_scores harness sweep widgets
 train_file demo_view demo_data demo cli __main__
@@ -163,6 +163,11 @@ def test_there_is_no_drawer_for_everything() -> None:
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(lwf_unsloth, name) is not None
     assert name in dir(lwf_unsloth)
+
+
+def test_no_public_name_is_a_files_name_too() -> None:
+    """Importing the file would put the module in the place of the function."""
+    assert not set(lwf_unsloth._HOME) & set(MODULES)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
