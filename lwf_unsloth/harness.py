@@ -7,6 +7,7 @@ hub: their questions come out of a PyPI package (`skill_data`) or were written f
 import importlib.metadata
 import logging
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
@@ -162,15 +163,16 @@ def _require_harness() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the harness to errors (what it would say stands in the settings) and to no bar a task,
-    and the datasets library, where it was imported before, from counting loads at a server.
+    """Keeps the harness to errors (what it would say stands in the settings), to no bar a task and
+    off Python's random state, and the datasets library, where it was imported before, from counting
+    loads at a server.
     """
     import datasets.config
     import lm_eval.api.task
 
     log = logging.getLogger("lm_eval")
     level, counting = log.level, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    bar = lm_eval.api.task.tqdm
+    bar, draws = lm_eval.api.task.tqdm, random.getstate()
     log.setLevel(logging.ERROR)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     lm_eval.api.task.tqdm = lambda steps, **_: steps
@@ -180,6 +182,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
         lm_eval.api.task.tqdm = bar
+        random.setstate(draws)
 
 
 def _load(names: list[str], task_folder: str | Path | None) -> dict[str, Any]:
