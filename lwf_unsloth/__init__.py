@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .losses import Head, lwf_loss
     from .merging import merge_model
     from .model import default_model, load_adapter, load_model
+    from .plots import plot_dial, plot_forgetting
     from .preflight import Fit, fits
     from .records import PromptTemplate, set_template
     from .rehearsal import mix_rehearsal
@@ -83,6 +84,8 @@ _HOME = {
     "lwf_loss": "losses",
     "merge_model": "merging",
     "mix_rehearsal": "rehearsal",
+    "plot_dial": "plots",
+    "plot_forgetting": "plots",
     "sample_path": "samples",
     "save_adapter": "adapters",
     "scale_adapter": "adapter_dial",
