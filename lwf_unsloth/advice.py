@@ -311,8 +311,8 @@ def _forms(case: _Case) -> Iterator[Hint]:
             continue
         yield Hint(
             "form",
-            f"{case.share(missing)} lack the {name} that was asked for: give those prompts as rows "
-            f'with form="{name}", which begins the answer with one.',
+            f"In {case.share(missing)} the {name} that was asked for is missing: give such prompts "
+            f'as rows with form="{name}", which begins the answer with one.',
             form=name,
         )
         count, seen = facts.shapes.get(name, 0), facts.looked_at

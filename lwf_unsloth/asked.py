@@ -161,7 +161,8 @@ def _no_code(text: str) -> str:
 def _no_json(text: str, cut: bool) -> str:
     """The whole answer, or a fenced block of it, must parse."""
     whole = text.strip()
-    blocks = [part.text.strip() for part in parts(text) if part.kind == "code"]
+    found = [part for part in parts(text) if part.kind == "code"]
+    blocks = [part.text.strip() for part in found]
     for candidate in [whole, *blocks]:
         try:
             if isinstance(json.loads(candidate), (dict, list)):
@@ -169,7 +170,8 @@ def _no_json(text: str, cut: bool) -> str:
         except (ValueError, RecursionError):
             continue
     starts = any(candidate[:1] in ("{", "[") for candidate in [whole, *blocks])
-    if starts and cut:
+    ends = found[-1].end >= len(text.rstrip()) if found else False
+    if starts and cut and ends:
         return ""
     if starts:
         return "JSON that does not parse"

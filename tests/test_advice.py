@@ -308,3 +308,24 @@ def test_following_the_advice_ends_the_loops_of_a_model_that_loops(tiny_model_di
         settings = replace(settings, **changes)
         made = generate(model, tiny_tokenizer, prompts, **settings.to_dict())
     assert not [h for h in advise(made) if h.topic == "repetition"]
+
+
+@pytest.mark.slow
+def test_on_the_embedded_model_following_the_advice_leaves_half_of_the_faults_at_most():
+    from lwf_unsloth.config import ModelConfig
+    from lwf_unsloth.generation import generate
+    from lwf_unsloth.model import load_model
+
+    config = ModelConfig("smollm2-135m-instruct", dtype="float32", max_seq_length=512)
+    model, tokenizer = load_model(config)
+    more = ["List five fruits as bullet points.", "Describe the sea.", "How do bees make honey?"]
+    prompts = [*DEMO_PROMPTS, *more]
+    settings = {"max_new_tokens": 96, "batch_size": 8, "adapter": False}
+    made = generate(model, tokenizer, prompts, **settings)
+    advice, before = advise(made), compare(made, made).diagnoses[0]
+    assert sum(before.counts.values()) >= 8, "the trial needs a model with faults"
+    changed = {**advice.apply(settings), "max_new_tokens": 96}
+    after = generate(model, tokenizer, advice.with_forms(prompts), **changed)
+    found = compare(after, after).diagnoses[0]
+    assert sum(found.counts.values()) <= sum(before.counts.values()) / 2
+    assert found.counts["repetition"] < before.counts["repetition"], (before, found)

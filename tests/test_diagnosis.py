@@ -131,6 +131,20 @@ def test_lengths_are_read_from_the_prompt(prompt, unit, low, high):
     assert (found.unit, found.low, found.high) == (unit, low, pytest.approx(high))
 
 
+def test_json_that_was_cut_is_excused_and_json_that_is_wrong_is_not():
+    asked = "Give name and age as JSON."
+    kinds = [
+        diagnose(text, asked, stop="length").kinds - {"cut", "mid_sentence", "mid_code"}
+        for text in (
+            '{"name": "Tom", "age',
+            '```json\n{"name": "Tom",\n',
+            '```\n{"name": "Tom",}\n```\n\nIn this example we see',
+            '```\n{"name": "Tom"}\n```\n\nIn this example we see',
+        )
+    ]
+    assert kinds == [set(), set(), {"form"}, set()]
+
+
 def test_a_cut_answer_is_not_blamed_for_being_too_short():
     asked = "Give five tips in at least 100 words."
     text = "1. Walk every day.\n2. Sleep well."
