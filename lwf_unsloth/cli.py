@@ -134,39 +134,87 @@ def compare(
 @app.command()
 def evaluate(
     adapter: Adapter,
-    data: Annotated[str, typer.Argument(help="Alpaca rows: file or hub id.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Argument(help="NAME=FILE or FILE, the task's first: Alpaca rows or passages."),
+    ],
     base: Base = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Name of a task's set; others are to be kept.")
+    ] = None,
+    leak: Annotated[str, typer.Option(help="Pattern of an answer in the task's form.")] = "learned",
+    answers: Annotated[bool, typer.Option(help="Ask for answers too, which takes time.")] = True,
+    answers_limit: Annotated[int | None, typer.Option(min=1, help="Answers a set.")] = None,
     text: Annotated[bool, typer.Option("--text", help="The data are plain passages.")] = False,
     prompt_too: Annotated[
         bool, typer.Option("--prompt-too", help="Score the prompt's tokens too.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many rows a set.")] = 500,
+    max_new_tokens: Tokens = 96,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 512,
-    batch_size: Batch = 8,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at a time.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the numbers to this file.")
     ] = None,
 ) -> None:
-    """Score base and adapter on a data file: NLL and KL."""
-    from lwf_unsloth.alpaca import load_alpaca, load_text
-
-    rows = (load_text if text else load_alpaca)(data, test_size=None, limit=limit)["train"]
+    """Measure what base and adapter know, set by set: NLL, KL, right answers, leak."""
+    rows = read_sets(data, text=text)
+    from lwf_unsloth.evaluation import EvalSet
+    from lwf_unsloth.evaluation import evaluate as evaluated
     from lwf_unsloth.model import load_adapter
-    from lwf_unsloth.scoring import score
 
     model, tokenizer = load_adapter(adapter, base=base)
-    found = score(
+    found = evaluated(
         model,
         tokenizer,
-        rows,
+        {name: EvalSet(one, response_only=not prompt_too) for name, one in rows.items()},
+        task=task or None,
+        leak=leak,
+        answers=answers,
+        answers_limit=answers_limit,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
         max_length=max_length,
         batch_size=batch_size,
-        response_only=not prompt_too,
     )
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        found.save(output)
     typer.echo(str(found))
+
+
+def read_sets(data: list[str], text: bool = False) -> dict[str, Any]:
+    """The rows of each named source: Alpaca rows, or plain passages where it holds these.
+
+    Args:
+        data: NAME=SOURCE, or a source that is named after its file.
+        text: Every source holds plain passages.
+
+    Raises:
+        DataError: A source cannot be read, or two have one name.
+    """
+    found: dict[str, Any] = {}
+    for one in data:
+        name, sign, source = one.partition("=")
+        if not sign or Path(one).exists():
+            name, source = Path(one).stem, one
+        if name in found:
+            raise DataError(f"Two sets are called {name!r}: name them apart, NAME={source}.")
+        found[name] = _read_set(source, text)
+    return found
+
+
+def _read_set(source: str, text: bool) -> Any:
+    from lwf_unsloth.alpaca import load_alpaca, load_text
+
+    if text:
+        return load_text(source, test_size=None)["train"]
+    try:
+        return load_alpaca(source, test_size=None)["train"]
+    except DataError as no_alpaca:
+        try:
+            return load_text(source, test_size=None)["train"]
+        except DataError:
+            raise no_alpaca from None
 
 
 @app.command()

@@ -141,17 +141,30 @@ def test_train_saves_an_adapter_with_its_settings_in_the_card(trained):
     assert "tiny-llama" in card
 
 
-def test_evaluate_scores_base_and_adapter(trained, tiny_model_dir, monkeypatch, capsys):
+def test_evaluate_scores_base_and_adapter_on_named_sets(
+    trained, tiny_model_dir, monkeypatch, capsys
+):
+    (trained / "kept.jsonl").write_text('{"text": "Sleep is important."}\n' * 2)
     code, out, err = run(
         monkeypatch, capsys, "evaluate", trained / "out" / "adapter", trained / "task.jsonl",
-        "--base", tiny_model_dir, "--output", trained / "scores.json",
+        f"passages={trained / 'kept.jsonl'}", "--base", tiny_model_dir,
+        "--output", trained / "scores.json", "--answers-limit", 2, "--max-new-tokens", 3,
     )  # fmt: skip
     assert code == 0, err
-    assert "KL(base || tuned)" in out
-    found = json.loads((trained / "scores.json").read_text())
-    assert found["rows"] == 8
-    assert found["kl"] > 0
-    assert found["nll"] != found["base_nll"]
+    assert "KL(base || tuned)" in out and "exact match" in out and "passages" in out
+    found = json.loads((trained / "scores.json").read_text())["sets"]
+    assert list(found) == ["task", "passages"]
+    assert found["task"]["summary"]["nll"]["tuned"]["n"] == 8
+    assert found["task"]["summary"]["kl"]["tuned"]["value"] > 0
+    assert found["task"]["summary"]["nll"]["change"]["value"] != 0
+    assert len(found["task"]["answers"]["tuned"]["answers"]) == 2
+
+
+def test_evaluate_refuses_two_sets_of_one_name(trained, monkeypatch, capsys):
+    again = trained / "task.jsonl"
+    code, _, err = run(monkeypatch, capsys, "evaluate", trained / "out" / "adapter", again, again)
+    assert code == 2
+    assert "Two sets are called 'task'" in err
 
 
 def test_compare_answers_with_the_adapter_off_and_on(trained, tiny_model_dir, monkeypatch, capsys):
