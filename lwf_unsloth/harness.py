@@ -29,6 +29,9 @@ INSTRUCTION_TASKS = ("ifeval", "local_instructions")
 """Tasks whose prompts are instructions to follow: asked in the served template unless told not."""
 
 
+INSTALL = "pip install 'lm_eval[ifeval]>=0.4.12'"
+
+
 def local_tasks() -> list[str]:
     """Names of the tasks that need no hub."""
     return sorted(path.stem for path in TASKS.glob("local_*.yaml"))
@@ -157,8 +160,13 @@ def _require_harness() -> None:
     except ImportError as error:
         raise ImportError(
             f"Benchmarks need lm-evaluation-harness, which could not be imported ({error}). "
-            "Install it: pip install 'lm_eval[ifeval]>=0.4.12'"
+            f"Install it: {INSTALL}"
         ) from error
+    if not hasattr(lm_eval.tasks.TaskManager, "load"):
+        raise ImportError(
+            f"lm_eval {importlib.metadata.version('lm_eval')} is installed, but 0.4.12 or newer is "
+            f"needed: older ones load tasks in another way. Update it: {INSTALL}"
+        )
 
 
 @contextmanager
@@ -208,6 +216,11 @@ def _load(names: list[str], task_folder: str | Path | None) -> dict[str, Any]:
             tasks = manager.load([name])["tasks"]
         except LwfError:
             raise
+        except ImportError as error:
+            raise ImportError(
+                f"The task {name!r} needs a package that could not be imported ({error}). Install "
+                f"the package named there; for IFEval: {INSTALL}"
+            ) from error
         except Exception as error:
             raise DataError(
                 f"The task {name!r} could not be loaded ({type(error).__name__}: {error}). The "

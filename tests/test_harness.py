@@ -396,6 +396,22 @@ def test_without_the_harness_the_command_is_given(loaded, monkeypatch):
         evaluate_benchmarks(*loaded, "local_piqa")
 
 
+def test_a_harness_that_is_too_old_is_named(loaded, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.delattr(TaskManager, "load")
+    with pytest.raises(ImportError, match="but 0.4.12 or newer is needed.*pip install"):
+        evaluate_benchmarks(*loaded, "local_piqa")
+
+
+def test_a_package_that_a_task_needs_is_named(loaded, few_tasks, local_hub, monkeypatch):
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"'ifeval' needs .*langdetect.*lm_eval\[ifeval\]"):
+        evaluate_benchmarks(*loaded, "ifeval")
+
+
 ROWS = {
     "cais/mmlu": {
         split: [
@@ -465,14 +481,15 @@ def few_tasks(monkeypatch):
     """The harness' own task files of three families alone: reading all 14,000 takes seconds."""
     import lm_eval.tasks
 
-    home, manager = Path(lm_eval.tasks.__file__).parent, lm_eval.tasks.TaskManager
+    home = Path(lm_eval.tasks.__file__).parent
 
-    def few(include_path, include_defaults=True):
-        own = [str(home / name) for name in ("mmlu/default", "winogrande", "ifeval")]
-        paths = [*(own if include_defaults else []), *include_path]
-        return manager(include_path=paths, include_defaults=False)
+    class Few(lm_eval.tasks.TaskManager):
+        def __init__(self, include_path, include_defaults=True):
+            own = [str(home / name) for name in ("mmlu/default", "winogrande", "ifeval")]
+            paths = [*(own if include_defaults else []), *include_path]
+            super().__init__(include_path=paths, include_defaults=False)
 
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Few)
 
 
 def test_mmlu_winogrande_and_ifeval_run_by_name(loaded, local_hub, few_tasks, no_network):
