@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .config import LwFConfig, ModelConfig
     from .diagnosis import Diagnoses, Diagnosis, diagnose
     from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
-    from .evaluation import EvalSet, evaluate
+    from .eval_sets import EvalSet
+    from .evaluation import evaluate
     from .facts import TrainingFacts
     from .forgetting import ForgettingReport, forgetting_report
     from .forms import FORMS, Form
@@ -50,7 +51,7 @@ _HOME = {
     "Diagnoses": "diagnosis",
     "Diagnosis": "diagnosis",
     "DialResult": "adapter_dial",
-    "EvalSet": "evaluation",
+    "EvalSet": "eval_sets",
     "FORMS": "forms",
     "Fit": "preflight",
     "ForgettingReport": "forgetting",

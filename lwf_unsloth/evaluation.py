@@ -8,58 +8,25 @@ answers in the new task's form. Answers cost most of the time, so a limited numb
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from lwf_unsloth.answer_scores import Metric, answer_values, usual_metric
+from lwf_unsloth.answer_scores import answer_values
 from lwf_unsloth.answers import Generations
 from lwf_unsloth.backend import device_name, on_cuda, prepare, versions
-from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.eval_sets import EvalSet, Ready, check_count, fitting, overlap, ready_sets
 from lwf_unsloth.generation import generate
 from lwf_unsloth.leak import Form, FormLike, given_form, learn_form
-from lwf_unsloth.load_report import number_list
 from lwf_unsloth.locks import model_lock
-from lwf_unsloth.rows import as_rows, is_text_row, row_key
+from lwf_unsloth.rows import as_rows, is_text_row
 from lwf_unsloth.scores import Scores, SetScores
 from lwf_unsloth.scoring import score
 from lwf_unsloth.teacher import ModelTeacher, OwnTeacher, Teacher
 
+__all__ = ["EvalSet", "evaluate"]
 logger = logging.getLogger(__name__)
 
 LEARNED = "learned"
-
-
-@dataclass(frozen=True)
-class EvalSet:
-    """Rows with what to measure on them; plain rows in its place take the defaults."""
-
-    rows: Any
-    """Alpaca or text rows: a Dataset or a list of dicts, not trained on."""
-    kind: str | None = None
-    """"task" (a new skill) or "general" (to be kept); None: as `evaluate`'s `task` says."""
-    answers: bool | None = None
-    """Whether greedy answers are asked for; None: of a task, and of a general set for its leak."""
-    metric: Metric | None = None
-    """(answer, row) -> number, higher is better; None takes the fact that the rows name
-    (`answer_contains`), else an exact match, on task sets alone."""
-    response_only: bool = True
-    """Score answers alone, or prompts too. Text rows are scored whole."""
-    limit: int | None = None
-    """Rows of this set; None takes `evaluate`'s."""
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A set, checked."""
-
-    name: str
-    kind: str
-    rows: list[Mapping[str, Any]]
-    asked: list[Mapping[str, Any]]
-    """Rows whose prompts are answered."""
-    right_by: str
-    metric: Metric | None
-    response_only: bool
 
 
 def evaluate(
@@ -115,10 +82,15 @@ def evaluate(
     prepare()
     answers_limit = (64 if on_cuda() else 16) if answers_limit is None else answers_limit
     for name, value in (("limit", limit), ("answers_limit", answers_limit)):
-        _check_count(name, value)
+        check_count(name, value)
     form = None if leak in (None, LEARNED) else given_form(leak)
-    ready = _ready_sets(sets, task, limit, answers_limit if answers else 0, leak is not None)
-    notes = [note for one in ready for note in _overlap(one, train_rows)]
+    with_leak = form is not None or (leak == LEARNED and base is not None)
+    asked = answers_limit if answers else 0
+    form_known = form is not None or train_rows is not None
+    ready = ready_sets(sets, task, limit, asked, with_leak, form_known)
+    notes = [note for one in ready for note in overlap(one, train_rows)]
+    ready, told = fitting(ready, model, tokenizer, max_new_tokens)
+    notes += told
     with model_lock(model, "evaluating"):
         scored = {
             one.name: score(
@@ -154,89 +126,10 @@ def evaluate(
     return Scores(found, settings, tuple(notes), label)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}, but must be a whole number from 1.")
-
-
-def _ready_sets(
-    sets: Mapping[str, Any],
-    task: str | Sequence[str] | None,
-    limit: int,
-    answers_limit: int,
-    with_leak: bool,
-) -> list[_Ready]:
-    """Every set with its kind, rows and what is asked of it."""
-    if not isinstance(sets, Mapping) or not sets:
-        raise DataError(
-            f"sets is {type(sets).__name__} of length {len(sets) if sets else 0}; it must be a "
-            'dict of name -> rows, e.g. {"faq": held_out, "general": general}: results go by name.'
-        )
-    whole = {
-        str(name): rows if isinstance(rows, EvalSet) else EvalSet(rows)
-        for name, rows in sets.items()
-    }
-    tasks = [next(iter(whole))] if task is None else [task] if isinstance(task, str) else list(task)
-    unknown = [name for name in tasks if name not in whole]
-    if unknown:
-        raise ConfigError(
-            f"task names {unknown}, but the sets are {list(whole)}. Name sets that are there."
-        )
-    return [
-        _ready(name, one, name in tasks, limit, answers_limit, with_leak)
-        for name, one in whole.items()
-    ]
-
-
-def _ready(
-    name: str, given: EvalSet, is_task: bool, limit: int, answers_limit: int, with_leak: bool
-) -> _Ready:
-    rows = list(as_rows(given.rows, f"rows of set {name!r}"))
-    if not rows:
-        raise DataError(f"The set {name!r} has no rows: there is nothing to measure on it.")
-    if given.limit is not None:
-        _check_count(f"limit of set {name!r}", given.limit)
-    if given.kind not in (None, "task", "general"):
-        raise ConfigError(f'kind of set {name!r} is {given.kind!r}; it is "task" or "general".')
-    rows = _spaced(rows, given.limit or limit)
-    prompts = [row for row in rows if not is_text_row(row)]
-    kind = given.kind or ("task" if is_task and prompts else "general")
-    wanted = (kind == "task" or with_leak) if given.answers is None else given.answers
-    asked = _spaced(prompts, answers_limit) if wanted and answers_limit else []
-    right_by, metric = "", given.metric
-    if metric is not None:
-        right_by = str(getattr(metric, "__name__", "metric")).replace("_", " ")
-    elif kind == "task" and asked:
-        right_by, metric = usual_metric(asked)
-    return _Ready(name, kind, rows, asked, right_by, metric, given.response_only)
-
-
-def _spaced(rows: list[Any], limit: int) -> list[Any]:
-    """At most `limit` of the rows, evenly spaced, in their order."""
-    if len(rows) <= limit:
-        return rows
-    return [rows[i * len(rows) // limit] for i in range(limit)]
-
-
-def _overlap(one: _Ready, train_rows: Any) -> list[str]:
-    """A note where rows of a set stand among those trained on."""
-    if train_rows is None:
-        return []
-    known = {row_key(row) for row in as_rows(train_rows, "training rows")}
-    repeated = [number for number, row in enumerate(one.rows, 1) if row_key(row) in known]
-    if not repeated:
-        return []
-    return [
-        f"{len(repeated)} of {len(one.rows)} rows of {one.name!r} stand among the training rows "
-        f"too ({number_list(repeated)}): on them a model that knows them by heart looks good. "
-        "Measure on rows that were held out."
-    ]
-
-
 def _answers(
     model: Any,
     tokenizer: Any,
-    ready: list[_Ready],
+    ready: list[Ready],
     base: Teacher | str | None,
     max_new_tokens: int,
     batch_size: int | None,
@@ -264,7 +157,7 @@ def _answers(
 
 
 def _split(
-    ready: list[_Ready], sides: Mapping[str, Generations]
+    ready: list[Ready], sides: Mapping[str, Generations]
 ) -> dict[str, dict[str, Generations]]:
     """The answers by set again."""
     found, at = {}, 0
@@ -279,7 +172,7 @@ def _split(
 
 
 def _learn(
-    ready: list[_Ready], written: Mapping[str, Mapping[str, Generations]], train_rows: Any
+    ready: list[Ready], written: Mapping[str, Mapping[str, Generations]], train_rows: Any
 ) -> tuple[Form | None, list[str]]:
     """The task's form from the task's rows and the base's answers; a note where there is none."""
     general = [
@@ -305,7 +198,7 @@ def _learn(
 
 
 def _assemble(
-    one: _Ready,
+    one: Ready,
     scored: Any,
     written: Mapping[str, Generations],
     form: Callable[[str], bool] | None,

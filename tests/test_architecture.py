@@ -26,7 +26,7 @@ prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
 batches checkpoints objective meters kl_meter prechecks progress train_data trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
-evaluation adapter_dial best_adapter
+eval_sets evaluation adapter_dial best_adapter
 diagnosis facts loss_curve advice comparison
 forgetting plots instruction_checks skill_data harness_lm task_score benchmark_scores harness sweep widgets
 train_file demo_view demo_data demo cli __main__

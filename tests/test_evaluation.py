@@ -11,7 +11,8 @@ import lwf_unsloth.evaluation as evaluation
 from lwf_unsloth.answers import Answer, Generations
 from lwf_unsloth.decoding import Decoding
 from lwf_unsloth.errors import ConfigError, DataError
-from lwf_unsloth.evaluation import EvalSet, evaluate
+from lwf_unsloth.eval_sets import EvalSet
+from lwf_unsloth.evaluation import evaluate
 from lwf_unsloth.generation import generate
 from lwf_unsloth.scores import Scores
 from lwf_unsloth.scoring import score
@@ -274,6 +275,27 @@ def test_the_tables_say_the_numbers_and_escape_the_names(tiny_peft, sets):
     nll = f"{found['passages']['nll'].tuned.value:.3f}"
     assert all(nll in table for table in (page, markdown, text))
     assert re.search(r"^passages +NLL", text, re.M) and "can detect" in text
+
+
+def test_no_answers_are_asked_for_that_nothing_would_read(tiny_peft, alpaca_rows):
+    """Without a task there is no form to learn, and without a base none to learn it from."""
+    model, tokenizer = tiny_peft()
+    general = {"kept": EvalSet(alpaca_rows(3), kind="general")}
+    assert not evaluate(model, tokenizer, general, **QUICK)["kept"].answers
+    sets = {"task": alpaca_rows(3), "kept": alpaca_rows(3, "g")}
+    found = evaluate(model, tokenizer, sets, base=None, **QUICK)
+    assert found["task"].answers and not found["kept"].answers
+    given = evaluate(model, tokenizer, general, leak="x", **QUICK)
+    assert given["kept"]["leak"].tuned.n == 3
+
+
+def test_a_prompt_too_long_for_an_answer_is_left_out_and_told(tiny_peft, alpaca_rows):
+    model, tokenizer = tiny_peft()
+    rows = [*alpaca_rows(2), {"instruction": "fox " * 500, "output": "No."}]
+    found = evaluate(model, tokenizer, {"task": rows}, max_length=None, **QUICK)
+    assert len(found["task"].answers["tuned"]) == 2
+    assert found["task"].score.rows == 3
+    assert "1 of 3 prompts of 'task' are left unanswered" in found.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,184 @@
+"""The sets of an evaluation, checked: which rows are scored, which prompts are answered."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lwf_unsloth.answer_scores import Metric, usual_metric
+from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.load_report import number_list
+from lwf_unsloth.locks import innermost
+from lwf_unsloth.records import prompt_ids
+from lwf_unsloth.rows import as_rows, is_text_row, row_key
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Rows with what to measure on them; plain rows in its place take the defaults."""
+
+    rows: Any
+    """Alpaca or text rows: a Dataset or a list of dicts, not trained on."""
+    kind: str | None = None
+    """"task" (a new skill) or "general" (to be kept); None: as `evaluate`'s `task` says."""
+    answers: bool | None = None
+    """Whether greedy answers are asked for; None: of a task, and of a general set for its leak."""
+    metric: Metric | None = None
+    """(answer, row) -> number, higher is better; None takes the fact that the rows name
+    (`answer_contains`), else an exact match, on task sets alone."""
+    response_only: bool = True
+    """Score answers alone, or prompts too. Text rows are scored whole."""
+    limit: int | None = None
+    """Rows of this set; None takes `evaluate`'s."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A set, checked."""
+
+    name: str
+    kind: str
+    rows: list[Mapping[str, Any]]
+    asked: list[Mapping[str, Any]]
+    """Rows whose prompts are answered."""
+    right_by: str
+    metric: Metric | None
+    response_only: bool
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises a ConfigError unless the value is a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, but must be a whole number from 1.")
+
+
+def ready_sets(
+    sets: Mapping[str, Any],
+    task: str | Sequence[str] | None,
+    limit: int,
+    answers_limit: int,
+    with_leak: bool,
+    form_known: bool,
+) -> list[Ready]:
+    """Every set with its kind, rows and what is asked of it.
+
+    Args:
+        sets: Name -> rows or `EvalSet`.
+        task: As `evaluate` takes it.
+        limit: Most rows of a set.
+        answers_limit: Most answers of a set, 0 for none.
+        with_leak: Whether the leak is wanted of general sets.
+        form_known: Whether its form can be had without a task set.
+
+    Raises:
+        ConfigError, DataError: A set or name that does not fit.
+    """
+    if not isinstance(sets, Mapping) or not sets:
+        raise DataError(
+            f"sets is {type(sets).__name__} of length {len(sets) if sets else 0}; it must be a "
+            'dict of name -> rows, e.g. {"faq": held_out, "general": general}: results go by name.'
+        )
+    whole = {
+        str(name): rows if isinstance(rows, EvalSet) else EvalSet(rows)
+        for name, rows in sets.items()
+    }
+    tasks = [next(iter(whole))] if task is None else [task] if isinstance(task, str) else list(task)
+    unknown = [name for name in tasks if name not in whole]
+    if unknown:
+        raise ConfigError(
+            f"task names {unknown}, but the sets are {list(whole)}. Name sets that are there."
+        )
+    rows = {name: _rows(name, one, limit) for name, one in whole.items()}
+    kinds = {name: _kind(name, one, name in tasks, rows[name]) for name, one in whole.items()}
+    with_leak = with_leak and (form_known or "task" in kinds.values())
+    return [
+        _ready(name, one, kinds[name], rows[name], answers_limit, with_leak)
+        for name, one in whole.items()
+    ]
+
+
+def _rows(name: str, given: EvalSet, limit: int) -> list[Mapping[str, Any]]:
+    rows = list(as_rows(given.rows, f"rows of set {name!r}"))
+    if not rows:
+        raise DataError(f"The set {name!r} has no rows: there is nothing to measure on it.")
+    if given.limit is not None:
+        check_count(f"limit of set {name!r}", given.limit)
+    return _spaced(rows, given.limit or limit)
+
+
+def _kind(name: str, given: EvalSet, is_task: bool, rows: list[Mapping[str, Any]]) -> str:
+    if given.kind not in (None, "task", "general"):
+        raise ConfigError(f'kind of set {name!r} is {given.kind!r}; it is "task" or "general".')
+    texts = all(is_text_row(row) for row in rows)
+    return given.kind or ("task" if is_task and not texts else "general")
+
+
+def _ready(
+    name: str,
+    given: EvalSet,
+    kind: str,
+    rows: list[Mapping[str, Any]],
+    answers_limit: int,
+    with_leak: bool,
+) -> Ready:
+    prompts = [row for row in rows if not is_text_row(row)]
+    wanted = (kind == "task" or with_leak) if given.answers is None else given.answers
+    asked = _spaced(prompts, answers_limit) if wanted and answers_limit else []
+    right_by, metric = "", given.metric
+    if metric is not None:
+        right_by = str(getattr(metric, "__name__", "metric")).replace("_", " ")
+    elif kind == "task" and asked:
+        right_by, metric = usual_metric(asked)
+    return Ready(name, kind, rows, asked, right_by, metric, given.response_only)
+
+
+def _spaced(rows: list[Any], limit: int) -> list[Any]:
+    """At most `limit` of the rows, evenly spaced, in their order."""
+    if len(rows) <= limit:
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def overlap(one: Ready, train_rows: Any) -> list[str]:
+    """A note where rows of a set stand among those trained on."""
+    if train_rows is None:
+        return []
+    known = {row_key(row) for row in as_rows(train_rows, "training rows")}
+    repeated = [number for number, row in enumerate(one.rows, 1) if row_key(row) in known]
+    if not repeated:
+        return []
+    return [
+        f"{len(repeated)} of {len(one.rows)} rows of {one.name!r} stand among the training rows "
+        f"too ({number_list(repeated)}): on them a model that knows them by heart looks good. "
+        "Measure on rows that were held out."
+    ]
+
+
+def fitting(
+    ready: list[Ready], model: Any, tokenizer: Any, max_new_tokens: int
+) -> tuple[list[Ready], list[str]]:
+    """Leaves out prompts that would not fit the model's context with their answer; says how many.
+
+    One prompt too long would else end the evaluation after all the scoring.
+    """
+    config = getattr(innermost(model), "config", None)
+    config = getattr(config, "text_config", config)
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [] if not isinstance(positions, int) else [positions - max_new_tokens]
+    loaded = getattr(model, "max_seq_length", None)
+    limits += [loaded] if isinstance(loaded, int) else []
+    found, notes = [], []
+    for one in ready:
+        kept = [
+            row
+            for row in one.asked
+            if len(prompt_ids(tokenizer, row["instruction"], row.get("input") or ""))
+            <= min(limits, default=float("inf"))
+        ]
+        if len(kept) < len(one.asked):
+            notes.append(
+                f"{len(one.asked) - len(kept)} of {len(one.asked)} prompts of {one.name!r} are "
+                f"left unanswered: with {max_new_tokens} new tokens they do not fit the model's "
+                f"context of {min(limits)} tokens."
+            )
+        found.append(replace(one, asked=kept))
+    return found, notes
