@@ -106,13 +106,19 @@ def read_scores(asked: dict[str, list[str]], found: dict[str, Any]) -> Iterator[
     one = next(iter(found.values()))
     for name, members in asked.items():
         items = {side: _items(result["samples"], members) for side, result in found.items()}
+        prompts = [_prompts(result["samples"], members) for result in found.values()]
+        if prompts[0] != prompts[-1]:
+            raise ModelError(
+                f"Base and tuned model were given different prompts in {name}, so nothing can be "
+                "paired: this task draws its items or examples anew each time."
+            )
         for metric in next(iter(items.values())):
             sides = {side: given[metric] for side, given in items.items()}
             ids = list(next(iter(sides.values())))
             if any(list(values) != ids for values in sides.values()):
                 raise ModelError(
-                    f"Base and tuned model were asked different items of {name} ({metric}), so "
-                    "nothing can be paired: a task of this kind draws its items at random."
+                    f"Some items of {name} have a finite {metric} under one model alone, so the "
+                    "models cannot be paired. Look whether the training diverged."
                 )
             counts = [count for _, count in next(iter(sides.values())).values()]
             values = {side: tuple(v for v, _ in given.values()) for side, given in sides.items()}
@@ -127,6 +133,11 @@ def read_scores(asked: dict[str, list[str]], found: dict[str, Any]) -> Iterator[
                 higher_is_better=metric not in PER_UNIT and False not in better,
                 fewshot=max(one["n-shot"].get(task, 0) for task in members),
             )
+
+
+def _prompts(samples: dict[str, Any], members: list[str]) -> list[tuple[str, int, str]]:
+    """Task, place and hash of each item's prompt, examples included."""
+    return [(task, one["doc_id"], one["prompt_hash"]) for task in members for one in samples[task]]
 
 
 def _items(

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from lwf_unsloth import harness, harness_lm
-from lwf_unsloth.benchmark_scores import BenchmarkScores
+from lwf_unsloth.benchmark_scores import BenchmarkScores, read_scores
 from lwf_unsloth.decoding import Decoding
 from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.generation import continue_ids
@@ -519,6 +519,33 @@ def test_mmlu_winogrande_and_ifeval_run_by_name(loaded, local_hub, few_tasks, no
     assert [s.counts for s in scores if s.metric == "inst_level_strict_acc"] == [(2.0, 2.0, 2.0)]
     assert scores.settings["task_versions"]["ifeval"] == 4.0
     assert no_network == []
+
+
+def test_both_models_see_the_same_examples_drawn_by_the_seed(
+    loaded, local_hub, few_tasks, monkeypatch
+):
+    asked, real = [], harness_lm.LoadedLM.loglikelihood
+
+    def note(self, requests, disable_tqdm=False):
+        asked.append([one.args for one in requests])
+        return real(self, requests)
+
+    monkeypatch.setattr(harness_lm.LoadedLM, "loglikelihood", note)
+    for seed in (1, 2, 1):
+        evaluate_benchmarks(*loaded, "winogrande", num_fewshot=2, limit=4, seed=seed)
+    assert asked[0] == asked[1] == asked[4] and asked[2] == asked[3] != asked[0]
+
+
+def test_items_with_other_prompts_are_not_paired():
+    def result(prompt):
+        sample = {"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0}
+        told = {"higher_is_better": {"t": {"acc": True}}, "n-shot": {"t": 0}}
+        return told | {"samples": {"t": [sample | {"prompt_hash": prompt}]}}
+
+    (score,) = read_scores({"t": ["t"]}, {"base": result("a"), "tuned": result("a")})
+    assert score.base == score.tuned == (1.0,) and score.ids == ("t/0",)
+    with pytest.raises(ModelError, match="different prompts in t"):
+        list(read_scores({"t": ["t"]}, {"base": result("a"), "tuned": result("b")}))
 
 
 @pytest.mark.slow
