@@ -37,7 +37,7 @@ def source(result: dict[str, Any]) -> str:
     meta = result["meta"]
     commits = [row["commit"][:8] for row in result["rows"] if "commit" in row]
     earlier = "".join(
-        f" {commits.count(commit)} rows are of an earlier run, commit {commit}."
+        f" Rows of an earlier run, commit {commit}: {commits.count(commit)}."
         for commit in dict.fromkeys(commits)
     )
     return (
@@ -257,15 +257,18 @@ def hardware() -> str | None:
     lengths = {r["arm"]: r for r in fits["rows"] if r["batch"] == 4} if fits else {}
     lengths["ours_r06"] = lengths.get("ours")
     head = ["Gemma-2B in 4 bits, fp16", "batch 4 × 512", "batch 16 × 1024", "time"]
-    arms = ("plain_unsloth", "ours_r06", "ours_r20", "ours_all", "ours_all_cached", "two_calls")
+    arms = [arm for arm in STEPS if arm not in ("two_models", "trl_gkd", "document_script")]
     lines = []
     for arm in arms:
         small, large = half.get((arm, "B4xT512"), {}), half.get((arm, "B16xT1024"), {})
         if not (small.get("peak_gib") or large.get("peak_gib")):
             continue
-        sizes = [f"{r['peak_gib']:.2f} GiB" if r.get("peak_gib") else "" for r in (small, large)]
+        sizes = [
+            f"{r['peak_gib']:.2f} GiB" if r.get("peak_gib") else r.get("error", "")
+            for r in (small, large)
+        ]
         time = _step_cell(half, arm, "B16xT1024")
-        time = time.removeprefix(_memory(large)) if large.get("peak_gib") else time
+        time = time.removeprefix(_memory(large)) if large.get("peak_gib") else ""
         longest = [_length(lengths.get(arm))] if fits else []
         lines.append([STEPS[arm], *sizes, time, *longest])
     head += ["longest, batch 4"] if fits else []
