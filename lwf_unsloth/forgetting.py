@@ -19,7 +19,7 @@ from typing import Any
 
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.intervals import Interval, mean_interval, share_change
-from lwf_unsloth.result_table import ResultTable, figure, save_json
+from lwf_unsloth.result_table import ResultTable, figure, save_json, span
 from lwf_unsloth.scores import NAMES, Scores, SetScores
 
 WHAT = "lwf_unsloth forgetting report"
@@ -350,12 +350,7 @@ def _mean(parts: list[Interval | None]) -> float | None:
 
 def _span(part: Interval | None, unit: str) -> str:
     """A change with its interval."""
-    if part is None:
-        return ""
-    value, low, high = (
-        figure(edge, unit, signed=True) for edge in (part.value, part.low, part.high)
-    )
-    return f"{value} [{low}, {high}]"
+    return "" if part is None else span(part.value, part.low, part.high, unit)
 
 
 def _unsure(lines: list[Line]) -> list[str]:

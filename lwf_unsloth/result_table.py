@@ -88,6 +88,12 @@ def figure(value: float | None, unit: str, signed: bool = False) -> str:
     return f"{value:{sign}.{4 if small else 3}f}"
 
 
+def span(value: float, low: float, high: float, unit: str, signed: bool = True) -> str:
+    """A number with its interval; the unit stands once."""
+    edges = [figure(edge, unit, signed).rstrip(" %p") for edge in (low, high)]
+    return f"{figure(value, unit, signed)} [{edges[0]}, {edges[1]}]"
+
+
 def save_json(path: str | os.PathLike[str], values: dict[str, Any]) -> Path:
     """Writes JSON whole or not at all; makes the folder.
 

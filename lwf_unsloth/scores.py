@@ -18,7 +18,7 @@ from lwf_unsloth.intervals import (
     share_interval,
     statistic_interval,
 )
-from lwf_unsloth.result_table import ResultTable, figure, load_json, save_json
+from lwf_unsloth.result_table import ResultTable, figure, load_json, save_json, span
 from lwf_unsloth.scoring import Score
 from lwf_unsloth.token_stats import BINS, calibration_error
 
@@ -270,22 +270,28 @@ def _cells(measure: Measure) -> tuple[str, ...]:
     """The cells of a measure, from its name on."""
     unit, change = measure.unit, measure.change
     certain = measure.tuned if change is None else change
-    span = "–"
-    if change is not None:
-        low, high = (figure(edge, unit, signed=True) for edge in (change.low, change.high))
-        span = f"{figure(change.value, unit, signed=True)} [{low}, {high}]"
+    changed = "–"
     tuned = figure(measure.tuned.value, unit)
     if change is None:
-        low, high = figure(measure.tuned.low, unit), figure(measure.tuned.high, unit)
-        tuned = f"{tuned} [{low}, {high}]"
+        one = measure.tuned
+        tuned = span(one.value, one.low, one.high, unit, signed=False)
+    else:
+        changed = span(change.value, change.low, change.high, unit)
     return (
         measure.name,
         "–" if measure.base is None else figure(measure.base.value, unit),
         tuned,
-        span,
+        changed,
         str(certain.n),
-        figure(certain.detectable, unit),
+        _detectable(certain, unit),
     )
+
+
+def _detectable(certain: Interval, unit: str) -> str:
+    """The smallest difference the sample can show; nothing where no row differs at all."""
+    if not certain.se > 0:
+        return "–"
+    return figure(certain.detectable, unit, signed=True).removeprefix("+")
 
 
 def _plain(value: Any) -> Any:
