@@ -47,13 +47,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         found = job.lambda0(*candidates(options)[0])
         options.lambda0_to.write_text(json.dumps(found), encoding="utf-8")
         return found
-    beside = _beside(options)
+    beside = _beside(options) if options.beside else None
     job.ask_before()
     chosen, tried = job.choose()
+    job.compare(chosen.answers)
     row = {**chosen.row, "loaded": str(model.lwf_loaded), "candidates": "; ".join(tried)}
     row |= job.measured("", chosen.answers)
-    job.compare(chosen.answers)
-    if (chosen.steps, chosen.rate) == candidates(options)[0]:
+    print(json.dumps(row, indent=1), f"{time.perf_counter() - started:.0f} s", flush=True)
+    if beside and (chosen.steps, chosen.rate) == candidates(options)[0]:
         row |= beside()
     else:
         row |= job.lambda0(chosen.steps, chosen.rate)
@@ -70,8 +71,8 @@ def candidates(options: argparse.Namespace) -> list[tuple[int, float]]:
 
 
 def _beside(options: argparse.Namespace) -> Callable[[], dict[str, Any]]:
-    """Starts lambda 0 with the first candidate in a process of its own: a small model's steps are
-    bound by the processor, so two trainings take the time of one. Gives what waits for it.
+    """Starts lambda 0 with the first candidate in a process of its own, for a second GPU or one
+    that is idle half of the time; gives what waits for it.
     """
     folder = Path(tempfile.mkdtemp())
     command = [sys.executable, "-m", "benchmarks.main_job_gpu", *sys.argv[1:]]
@@ -229,7 +230,7 @@ class Job:
         for name, rows in sets.items():
             if not len(rows):
                 continue
-            scored = score(self.model, self.tokenizer, rows, batch_size=16)
+            scored = score(self.model, self.tokenizer, rows, batch_size=32)
             print(f"{name}{suffix}: {scored}", flush=True)
             base |= {f"{name}_nll_before": scored.base_nll, f"{name}_rows": scored.rows}
             found |= {f"{name}_nll_after{suffix}": scored.nll, f"{name}_kl{suffix}": scored.kl}

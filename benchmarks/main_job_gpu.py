@@ -178,6 +178,7 @@ def parse() -> argparse.Namespace:
     alpaca.add_argument("--instructions", type=int, default=100, help="answered before and after")
     alpaca.add_argument("--new-tokens", type=int, default=256)
     alpaca.add_argument("--longest-answer", type=int, help="tokens; default --new-tokens, 0 any")
+    alpaca.add_argument("--beside", action="store_true", help="lambda 0 in a process beside it")
     alpaca.add_argument("--lambda0-to", type=Path, help=argparse.SUPPRESS)
     alpaca.add_argument("--eos-target", type=float, default=0.8)
     return parser.parse_args()
