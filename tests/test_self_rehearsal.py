@@ -397,7 +397,7 @@ def trainer_of(taught_dir, tmp_path):
 
 
 def test_a_trainer_told_self_trains_on_rows_of_its_own_teacher(trainer_of, tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lwf_unsloth"):
         trainer = trainer_of()
     assert "by the model itself" in caplog.text
     file = tmp_path / "run" / "rehearsal.jsonl"
