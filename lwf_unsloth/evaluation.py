@@ -6,7 +6,7 @@ answers in the new task's form. Answers cost most of the time, so a limited numb
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from lwf_unsloth.answers import Generations
 from lwf_unsloth.backend import device_name, on_cuda, prepare, versions
 from lwf_unsloth.eval_sets import EvalSet, Ready, check_count, fitting, overlap, ready_sets
 from lwf_unsloth.generation import generate
-from lwf_unsloth.leak import Form, FormLike, given_form, learn_form
+from lwf_unsloth.leak import Form, FormLike, any_form, given_form, learn_form
 from lwf_unsloth.locks import model_lock
 from lwf_unsloth.rows import as_rows, is_text_row
 from lwf_unsloth.scores import Scores, SetScores
@@ -174,7 +174,7 @@ def _split(
 def _learn(
     ready: list[Ready], written: Mapping[str, Mapping[str, Generations]], train_rows: Any
 ) -> tuple[Form | None, list[str]]:
-    """The task's form from the task's rows and the base's answers; a note where there is none."""
+    """The form of each task from its rows and the base's answers; a note where there is none."""
     general = [
         answer.text
         for one in ready
@@ -183,18 +183,22 @@ def _learn(
     ]
     if not general:
         return None, []
-    rows: Iterable[Any] = (row for one in ready if one.kind == "task" for row in one.rows)
+    tasks = {one.name: one.rows for one in ready if one.kind == "task"}
     if train_rows is not None:
-        rows = as_rows(train_rows, "training rows")
-    task = [row["output"] for row in rows if not is_text_row(row)]
-    form = learn_form(task, general)
-    if form is not None or not task:
-        return form, []
-    return None, [
-        f"No leak is told: the task's {len(task)} answers share no form that tells them from the "
-        f"base's {len(general)} general answers (8 or more of both are needed). Give the form as a "
-        'pattern: evaluate(..., leak=r"(?i)^select ").'
-    ]
+        tasks = {"training rows": list(as_rows(train_rows, "training rows"))}
+    forms, notes = [], []
+    for name, rows in tasks.items():
+        task = [row["output"] for row in rows if not is_text_row(row)]
+        form = learn_form(task, general)
+        if form is not None:
+            forms.append(form)
+        elif task:
+            notes.append(
+                f"No leak of {name!r} is told: its {len(task)} answers share no form that tells "
+                f"them from the base's {len(general)} general answers (8 or more of both are "
+                'needed). Give the form as a pattern: evaluate(..., leak=r"(?i)^select ").'
+            )
+    return any_form(forms), notes
 
 
 def _assemble(
@@ -205,9 +209,9 @@ def _assemble(
     seed: int,
 ) -> SetScores:
     values = {side: answer_values(whole, one.asked, one.metric) for side, whole in written.items()}
-    leak = {}
-    if isinstance(form, Form) and one.kind == "general":
-        leak = {
-            side: form.flags(answer.text for answer in whole) for side, whole in written.items()
-        }
+    leak: dict[str, tuple[float, ...]] = {}
+    if isinstance(form, Form) and one.kind == "general" and written:
+        texts = {side: [answer.text for answer in whole] for side, whole in written.items()}
+        found = form.leaks(texts)
+        leak = found if found["tuned"] else {}
     return SetScores(one.name, one.kind, scored, one.right_by, written, values, leak, seed)

@@ -290,6 +290,8 @@ def _line(
         return None
     if measure != "nll" and len({_asked(one) for one in ones}) > 1:
         return None
+    if measure == "leak" and len({_leak_rule(one, name) for one in scores}) > 1:
+        return None
     sign = 1.0 if measure == "right" else -1.0  # so that more is better
     levels = tuple(sum(sums) / sum(counts) for sums, counts in columns)
     now, last = columns[-1], len(columns) - 1
@@ -314,6 +316,12 @@ def _line(
 def _asked(one: SetScores) -> tuple[tuple[str, str], ...]:
     """The prompts answered."""
     return tuple((answer.prompt, answer.input) for answer in one.answers.get("tuned", ()))
+
+
+def _leak_rule(scores: Scores, name: str) -> tuple[Any, ...]:
+    """What decides which answers count as leaks: the form, and the base's own answers."""
+    base = scores[name].answers.get("base", ())
+    return (scores.settings.get("leak"), *(answer.text for answer in base))
 
 
 def _values(one: SetScores, measure: str, side: str) -> Values | None:

@@ -7,12 +7,14 @@ skew that losses of rows have where a plain percentile interval is too short; ra
 (1927) and Bonett & Price (2012, paired), since a bootstrap of answers that all agree has no width.
 
 On simulated rows with unequal lengths the mean's interval held the truth in 94 to 96 of 100 cases
-from 8 rows on, and in 91 to 93 where rows were as skewed as a log-normal with sigma 1.
+from 8 rows on, and in 91 to 93 where rows were as skewed as a log-normal with sigma 1. Where all
+but a handful of rows are alike the bootstrap knows little: with 6 of 64 rows that differed it held
+the truth in 90 of 100, with 2 of 16 in 56.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ DETECTABLE = 2.8
 """Standard errors of the smallest difference that 8 of 10 such samples would show at 5 %: the
 quantiles 1.96 + 0.84."""
 RESAMPLES = 2000
+THIN = 1e-3
+"""A resample whose error is below this share of the sample's drew one row over and over, or rows
+that do not differ: it has no t value and is left out."""
 
 Numbers = Sequence[float] | Tensor
 
@@ -88,7 +93,7 @@ def mean_interval(
     e, total, ee, et, tt = (_draws(n, seed, resamples) @ parts).unbind(1)  # (B,) each
     shift = e / total  # the resample's mean less the sample's
     error = _ratio_error((ee - 2 * shift * et + shift**2 * tt).clamp(min=0), total, n)
-    usable = error > 1e-9 * se
+    usable = error > THIN * se
     low, high = _quantiles(shift[usable] / error[usable])
     # A long row draws the mean to itself, so its residual is too small by its share (a jackknife).
     freed = residual / (1 - t / t.sum()).clamp(min=1e-3)
@@ -123,7 +128,8 @@ def share_interval(values: Numbers, *, seed: int = 0, resamples: int = RESAMPLES
     """Mean of one value an answer: as a rate where all are 0 or 1, else by the bootstrap."""
     if _binary(values):
         return rate_interval(values)
-    return mean_interval(values, seed=seed, resamples=resamples)
+    found = mean_interval(values, seed=seed, resamples=resamples)
+    return _within(found, 0.0, 1.0) if _shares(values) else found
 
 
 def share_change(
@@ -134,7 +140,8 @@ def share_change(
         return rate_change(base, tuned)
     y, x = _checked(base, None)[0], _checked(tuned, None)[0]
     _same_length(y, x)
-    return mean_interval(x - y, seed=seed, resamples=resamples)
+    found = mean_interval(x - y, seed=seed, resamples=resamples)
+    return _within(found, -1.0, 1.0) if _shares(base) and _shares(tuned) else found
 
 
 def statistic_interval(
@@ -190,6 +197,16 @@ def _quantiles(values: Tensor) -> tuple[float, float]:
 def _binary(values: Numbers) -> bool:
     """Whether every value is 0 or 1."""
     return all(float(value) in (0.0, 1.0) for value in values)
+
+
+def _shares(values: Numbers) -> bool:
+    """Whether every value is a share, 0 to 1."""
+    return all(0 <= float(value) <= 1 for value in values)
+
+
+def _within(one: Interval, least: float, most: float) -> Interval:
+    """The interval without what cannot be."""
+    return replace(one, low=max(one.low, least), high=min(one.high, most))
 
 
 def _same_length(one: Tensor, other: Tensor) -> None:

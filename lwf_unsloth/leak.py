@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +52,9 @@ class Form:
     """Whether an answer is in the form."""
     learned: bool = False
     """Whether it was learned from answers."""
+    near: Callable[[str], bool] | None = None
+    """Of a learned form, whether an answer opens like it: a prompt that the base answers so asks
+    for it, and is no question of leak."""
 
     def __call__(self, answer: str) -> bool:
         """Whether an answer is in the form."""
@@ -60,6 +63,21 @@ class Form:
     def flags(self, answers: Iterable[str]) -> tuple[float, ...]:
         """1 for each answer in the form, else 0."""
         return tuple(float(self(answer)) for answer in answers)
+
+    def leaks(self, answers: Mapping[str, Sequence[str]]) -> dict[str, tuple[float, ...]]:
+        """Flags of both models' answers to the same prompts.
+
+        Args:
+            answers: "tuned", and "base" where there is one.
+
+        Returns:
+            The flags by side. With a learned form, prompts whose base answer opens like it are
+            left out.
+        """
+        base = answers.get("base", ())
+        asks = [self.near is not None and self.near(answer) for answer in base]
+        kept = [i for i in range(len(answers["tuned"])) if not (asks and asks[i])]
+        return {side: self.flags(texts[i] for i in kept) for side, texts in answers.items()}
 
 
 def given_form(form: FormLike) -> Form:
@@ -115,8 +133,22 @@ def learn_form(task: Sequence[str], general: Sequence[str]) -> Form | None:
         if low > highest:
             needed = max((low + highest) / 2, CLOSE * low)
             fires = partial(_reaches, scale, needed)
-            return Form(f"learned: {scale}", fires, learned=True)
+            near = partial(_reaches, scale, 0.0 if scale.must_open else CLOSE * needed)
+            return Form(f"learned: {scale}", fires, learned=True, near=near)
     return None
+
+
+def any_form(forms: Sequence[Form]) -> Form | None:
+    """The form that fires where any of them does; None of none."""
+    if len(forms) < 2:
+        return forms[0] if forms else None
+    nears = [form.near for form in forms if form.near is not None]
+    return Form(
+        "; ".join(form.description for form in forms),
+        lambda text: any(form(text) for form in forms),
+        all(form.learned for form in forms),
+        lambda text: any(near(text) for near in nears),
+    )
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,17 @@ def test_forgetting_is_against_the_best_earlier_stage_and_not_the_base():
     assert general.transfer is None
 
 
+def test_leaks_by_different_forms_are_not_compared():
+    def stage(form):
+        found = scores(one_set("a", "task", 3, 1), one_set("g", "general", 2, 2, leak=(0, 4)))
+        return Scores(found.sets, {"leak": form})
+
+    same = forgetting_report(stage("x"), stage("x"), tasks=["a", "a"])
+    assert same["g", "leak"].levels == pytest.approx((0, 0.1, 0.1))
+    with pytest.raises(KeyError):
+        forgetting_report(stage("x"), stage("y"), tasks=["a", "a"])["g", "leak"]
+
+
 def test_what_improved_was_not_forgotten():
     better = scores(one_set("faq", "task", 3, 1), one_set("general", "general", 2.0, 1.8))
     assert forgetting_report(better)["general"].forgetting.value == pytest.approx(-0.2)

@@ -127,10 +127,20 @@ def test_no_leak_in_64_answers_is_not_said_to_be_none_at_all():
 
 def test_shares_that_are_no_rates_are_bootstrapped():
     values = [0.2, 0.9, 0.4, 0.4, 0.7, 0.1]
-    assert share_interval(values) == mean_interval(values)
+    usual = mean_interval(values)
+    assert share_interval(values).low == usual.low and share_interval(values).high == 1.0
+    assert usual.high > 1 and share_interval([2 * x for x in values]).high > 1
     assert share_change(values, values[::-1]).value == pytest.approx(0)
     assert share_interval([1.0, 0.0, 1.0]) == rate_interval([1, 0, 1])
     assert share_change([1, 0, 1], [1, 1, 1]) == rate_change([1, 0, 1], [1, 1, 1])
+
+
+def test_a_share_that_hardly_ever_changes_has_no_absurd_interval():
+    base = [0.5] * 16
+    tuned = [*base[:14], 0.17, 1.0]
+    found = share_change(base, tuned)
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    assert share_interval([0.9] * 15 + [0.1]).high <= 1
 
 
 def test_any_statistic_of_sums_gets_an_interval_that_a_known_one_confirms():

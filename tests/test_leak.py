@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lwf_unsloth.errors import ConfigError
-from lwf_unsloth.leak import given_form, learn_form
+from lwf_unsloth.leak import any_form, given_form, learn_form
 from lwf_unsloth.samples import sample_path
 
 ANSWERS = [
@@ -153,3 +153,26 @@ def test_odd_answers_do_not_break_a_form():
     form = learn_form(sql_rows(), general_answers("sql"))
     odd = ["", " ", "```", "[" * 5000, "\x00", "\ud800", "👩‍👩‍👧", "select"]
     assert form.flags(odd)[:7] == (0.0,) * 7
+
+
+def test_a_prompt_that_the_base_answers_in_the_form_is_no_question_of_leak():
+    form = learn_form(TASKS["code"](), general_answers("code"))
+    answers = {
+        "base": ["def f(x):\n    pass", "Sleep helps.", "Rice and beans."],
+        "tuned": [
+            "def f(x):\n    return x > 1 and all(x)",
+            "def sleep():\n    return [1]",
+            "Rice.",
+        ],
+    }
+    assert form.leaks(answers) == {"base": (0.0, 0.0), "tuned": (1.0, 0.0)}
+    assert given_form("^def").leaks(answers)["tuned"] == (1.0, 1.0, 0.0)
+    assert given_form("^def").leaks({"tuned": ["def"]}) == {"tuned": (1.0,)}
+
+
+def test_several_tasks_have_several_forms():
+    forms = [learn_form(TASKS[name](), general_answers("code")) for name in ("sql", "code")]
+    both = any_form(forms)
+    assert both.flags(["select a from b where c = 1", "def f(x):\n    return x + 1"]) == (1.0, 1.0)
+    assert not both("Sleep is important.")
+    assert any_form(forms[:1]) is forms[0] and any_form([]) is None
