@@ -209,7 +209,8 @@ def _load(
         chosen = train + test
         report.cut = [row.number for row in chosen if len(row.fields["text"]) > plan.max_chars]
     _finish(train, test, plan, report)
-    names = (*mapping, "whole") if plan.max_chars is not None else tuple(mapping)
+    marked = any("whole" in row.fields for row in train + test)
+    names = (*mapping, "whole") if plan.max_chars is not None or marked else tuple(mapping)
     halves = [_dataset(_pieces(half, plan.max_chars), names) for half in (train, test)]
     return AlpacaData(halves[0], halves[1], report)
 
@@ -243,7 +244,7 @@ def _pieces(rows: list[Row], max_chars: int | None) -> list[dict[str, Any]]:
     pieces: list[dict[str, Any]] = []
     for row in rows:
         rest = row.fields["text"]
-        whole = len(rest) <= max_chars
+        whole = len(rest) <= max_chars and row.fields.get("whole", True)
         while len(rest) > max_chars:
             cut = _cut_place(rest, max_chars)
             pieces.append({"text": rest[:cut].rstrip(), "whole": False})
@@ -268,5 +269,5 @@ def _dataset(rows: list[dict[str, Any]], names: Sequence[str]) -> Dataset:
     from datasets import Dataset, Features, Value
 
     types = {name: Value("bool" if name == "whole" else "string") for name in names}
-    columns = {name: [row[name] for row in rows] for name in names}
+    columns = {name: [row.get(name, True) for row in rows] for name in names}
     return Dataset.from_dict(columns, features=Features(types))

@@ -29,6 +29,7 @@ SWITCHES = {
     # Unsloth asks the hub for a statistics file at load; TRL and the hub client send usage data.
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets counts even the loading of a local file
     # A fork after the tokenizer ran would otherwise warn, or hang.
     "TOKENIZERS_PARALLELISM": "false",
 }

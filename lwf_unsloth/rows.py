@@ -171,6 +171,8 @@ def _fields(
             )
         fields[name] = text if text.strip() else ""
         converted = converted or was_number
+    if value.get("whole") is False:  # written by the model and cut: it must get no EOS
+        fields["whole"] = False
     if converted:
         report.converted.append(raw.number)
     return fields, ""

@@ -656,3 +656,18 @@ def test_any_bytes_are_rows_or_one_of_our_errors(tmp_path, content, loader):
         assert balanced(loader(write(tmp_path, "fuzz.json", content)).report)
     except LwfError as error:
         assert "fuzz.json" in str(error)
+
+
+def test_a_row_that_its_writer_cut_stays_marked_and_its_answer_gets_no_eos(tmp_path):
+    rows = [
+        {"instruction": f"Say {i}.", "output": f"It is {i}.", "whole": i % 2 == 0} for i in range(4)
+    ]
+    path = tmp_path / "written.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loaded = load_alpaca(path, test_size=0)["train"]
+    assert {row["instruction"]: row["whole"] for row in loaded} == {
+        row["instruction"]: row["whole"] for row in rows
+    }
+    texts = [{"text": f"Passage {i} of some words.", "whole": False} for i in range(2)]
+    assert list(load_text(texts, test_size=0)["train"]["whole"]) == [False, False]
+    assert "whole" not in load_alpaca([rows[0]], test_size=0)["train"].column_names
