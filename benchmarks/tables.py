@@ -281,6 +281,31 @@ def hardware() -> str | None:
     return as_table(head, lines) + note + source(result)
 
 
+def t4() -> str | None:
+    """Notebook 01 on a T4, by arithmetic."""
+    result = read("t4_estimate")
+    if result is None:
+        return None
+    lines = [
+        [
+            row["part"],
+            f"{row['times']:g} × {row['tflop_each']:g} TFLOP, {row['gb_each']:g} GB",
+            f"{row['seconds']:.0f} s",
+        ]
+        for row in result["rows"]
+    ]
+    total = sum(row["seconds"] for row in result["rows"])
+    lines.append(["together, without set-up and download", "", f"{total / 60:.1f} min"])
+    card = result["meta"]["settings"]["card"]
+    note = (
+        f"\nAn estimate, not a measurement: {card['flops'] / 1e12:.0f} TFLOP/s and "
+        f"{card['bytes'] / 1e9:.0f} GB/s at peak, of which {card['flops_share']:.0%} and "
+        f"{card['bytes_share']:.0%} are taken to be reached; "
+        f"`{result['meta']['command']}`.\n"
+    )
+    return as_table(["part of notebook 01, gemma-2b", "work", "T4"], lines) + note
+
+
 POOLS = {
     "base": "before",
     "none": "no rehearsal (plain fine-tuning)",
@@ -356,6 +381,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "fits_t4": fits_t4,
     "hardware": hardware,
     "self_rehearsal": self_rehearsal,
+    "t4": t4,
 }
 
 
