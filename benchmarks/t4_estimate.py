@@ -2,10 +2,10 @@
 
     python -m benchmarks.t4_estimate    -> benchmarks/results/t4_estimate.json
 
-A part takes the longer of its products at the card's rate and its weights' way through memory, plus
+A part takes the longest of its products at the card's rate, its weights' way through memory, and
 the launches of its kernels. In 4 bits every pass reads a weight (half a byte), writes it in fp16 and
-reads that again. Peak figures of the card are NVIDIA's data sheet (65 TFLOP/s fp16, 320 GB/s); the
-shares of them that are reached, and the time of a launch, are assumptions, given in the file.
+reads that again. Peak figures are of NVIDIA's data sheet (65 TFLOP/s in fp16, 320 GB/s); the shares
+of them that are reached, and the time of a launch, are assumptions, given in the file.
 """
 
 import json
@@ -31,7 +31,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Job:
-    """Gemma-2B and the notebook's settings; lengths are those of 999 Alpaca rows in Gemma tokens."""
+    """Gemma-2B and the notebook's settings; lengths of 999 Alpaca rows, in Gemma's tokens."""
 
     trunk: int = 18 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 16384)
     head: int = 256000 * 2048

@@ -112,6 +112,28 @@ comparison.save(OUTPUT)
 comparison
 
 # %% [markdown]
+# ## What is wrong with the answers, and what to change
+# The badges in the table name faults: cut off, repeating, without the asked form. From them and from the training
+# follow settings, each with the figure it rests on; `advice.apply(args)` gives the changed settings.
+
+# %%
+advice = comparison.advice(lwf.TrainingFacts.of(trainer))
+advice
+
+# %% [markdown]
+# ## A form for the answer
+# Prompt 4 asks for code, prompt 5 for a table. A *form* says so in words and begins the answer, so that a small model
+# keeps to it.
+
+# %%
+asked = [
+    {"instruction": lwf.DEMO_PROMPTS[3], "form": "code"},
+    {"instruction": lwf.DEMO_PROMPTS[4], "form": "table"},
+]
+formed = lwf.generate(model, tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS)
+print(*(answer.text for answer in formed), sep="\n\n----\n\n")
+
+# %% [markdown]
 # ## What was learned, what was forgotten
 # Held-out answers of the task should have become more likely (NLL falls), held-out passages should not have become
 # less likely (NLL stays), and the KL says how far the model moved on them.
