@@ -3,9 +3,9 @@
     python -m benchmarks.t4_estimate    -> benchmarks/results/t4_estimate.json
 
 A part takes the longest of its products at the card's rate, its weights' way through memory, and
-the launches of its kernels. In 4 bits every pass reads a weight (half a byte), writes it in fp16 and
-reads that again. Peak figures are of NVIDIA's data sheet (65 TFLOP/s in fp16, 320 GB/s); the shares
-of them that are reached, and the time of a launch, are assumptions, given in the file.
+the launches of its kernels. In 4 bits every pass reads a weight (half a byte), writes it in fp16
+and reads that again. Peak figures are of NVIDIA's data sheet (65 TFLOP/s in fp16, 320 GB/s). What
+share of them is reached, and the time of a launch, are assumptions, given in the file.
 """
 
 import json
