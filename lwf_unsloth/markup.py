@@ -42,8 +42,8 @@ padding:12px 14px;white-space:normal;max-width:none;font-size:14px;line-height:1
 .lwf .lwf-t tbody tr.lwf-r>th{font-weight:500;background:var(--soft)}
 .lwf .lwf-t col.lwf-p{width:23%}
 .lwf pre.lwf-x{margin:0;padding:0;border:0;background:none;color:inherit;font:inherit;
-text-align:start;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;max-height:26em;
-overflow:auto;tab-size:4}
+text-align:start;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;unicode-bidi:isolate;
+max-height:26em;overflow:auto;tab-size:4}
 .lwf pre.lwf-code{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",
 monospace}
 .lwf pre.lwf-in{margin-top:8px;padding-left:8px;border-left:2px solid var(--line);font-weight:400;
