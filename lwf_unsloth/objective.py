@@ -15,7 +15,7 @@ from torch.nn import functional
 from lwf_unsloth.batches import IGNORED, Roles
 from lwf_unsloth.hidden import head_matches, model_hidden, model_logits, output_head
 from lwf_unsloth.losses import Head, LwfLoss, TopK, lwf_loss, lwf_loss_from_logits
-from lwf_unsloth.teacher import Teacher
+from lwf_unsloth.teacher import ModelTeacher, Teacher
 from lwf_unsloth.teacher_cache import CachedTeacher, Wanted
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Objective:
     def of(
         cls, model: nn.Module, teacher: Teacher | None, probe: Tensor, **settings: Any
     ) -> "Objective":
-        """The objective for a model, its head tried on a few real tokens.
+        """The objective for a model; its head and a second model's, tried on a few real tokens.
 
         Args:
             model: The student, unwrapped.
@@ -52,6 +52,15 @@ class Objective:
                 "The model transforms its logits in a way not known here: taking full logits."
             )
             head = None
+        if (
+            isinstance(teacher, ModelTeacher)
+            and teacher.head is not None
+            and not head_matches(teacher.model, teacher.head, probe.to(teacher.device))
+        ):
+            logger.warning(
+                "The teacher transforms its logits in a way not known here: taking full logits."
+            )
+            teacher.head = None
         return cls(head, teacher, **settings)
 
     @property

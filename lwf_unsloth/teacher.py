@@ -153,30 +153,32 @@ class ModelTeacher:
                 "compared. Take a teacher of the same family and tokenizer, or leave `teacher` out."
             )
         self.model = model
-        self.head = output_head(model)
-        model.requires_grad_(False)
+        model.requires_grad_(False)  # first: a head that could be trained is none for the one pass
         model.eval()
+        self.head = output_head(model)
         _positions_beside_input(model)
 
     def __str__(self) -> str:
         """One sentence for the user."""
         name = causal_lm(self.model).config.name_or_path
-        return f"The teacher is a second model ({name}) on {self._device()}."
+        return f"The teacher is a second model ({name}) on {self.device}."
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where the second model is."""
         return next(self.model.parameters()).device
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Final hidden states (B, T, H) on the student's device, no gradient."""
         with torch.no_grad():
-            at = self._device()
+            at = self.device
             mask = None if attention_mask is None else attention_mask.to(at)
             return model_hidden(self.model, input_ids.to(at), mask).to(input_ids.device)
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Full logits (B, T, V) on the student's device, no gradient."""
         with torch.no_grad():
-            at = self._device()
+            at = self.device
             mask = None if attention_mask is None else attention_mask.to(at)
             return model_logits(self.model, input_ids.to(at), mask).to(input_ids.device)
 

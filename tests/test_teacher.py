@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lwf_unsloth.errors import TeacherError
+from lwf_unsloth.objective import Objective
 from lwf_unsloth.teacher import OwnTeacher, make_teacher, trained_tensors
 
 
@@ -34,6 +35,34 @@ def test_a_name_is_no_teacher(tiny_peft):
     model, _ = tiny_peft()
     with pytest.raises(TeacherError, match="teacher is a str.*load_model"):
         make_teacher(model, "unsloth/gemma-2b-bnb-4bit")
+
+
+@pytest.fixture()
+def plain_model(tiny_model_dir):
+    """The base as transformers loads it, with every weight trainable."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+
+def test_a_plain_second_model_is_read_through_its_head_and_not_by_full_logits(
+    tiny_peft, plain_model
+):
+    model, _ = tiny_peft(load_in_4bit=False)
+    assert plain_model.lm_head.weight.requires_grad
+    teacher = make_teacher(model, plain_model)
+    objective = Objective.of(model, teacher, torch.arange(3, 9)[None])
+    assert teacher.head is not None and not objective.full_logits
+
+
+def test_a_second_model_that_changes_its_logits_falls_back_to_full_logits(
+    tiny_peft, plain_model, caplog
+):
+    model, _ = tiny_peft(load_in_4bit=False)
+    plain_model.lm_head.register_forward_hook(lambda module, given, logits: logits * 0.25)
+    objective = Objective.of(model, make_teacher(model, plain_model), torch.arange(3, 9)[None])
+    assert objective.head is not None and objective.full_logits
+    assert "The teacher transforms its logits" in caplog.text
 
 
 def test_a_swap_that_fails_halfway_leaves_the_student_whole(tiny_peft):
