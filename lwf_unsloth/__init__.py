@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from .losses import Head, lwf_loss
     from .merging import merge_model
     from .model import default_model, load_adapter, load_model
-    from .plots import plot_dial, plot_forgetting
+    from .plots import plot_dial, plot_forgetting, plot_recipes
     from .preflight import Fit, fits
+    from .recipes import Recipes, compare_recipes
     from .records import PromptTemplate, set_template
     from .rehearsal import mix_rehearsal
     from .row_writer import self_rehearsal
@@ -64,11 +65,13 @@ _HOME = {
     "ModelConfig": "config",
     "ModelError": "errors",
     "PromptTemplate": "records",
+    "Recipes": "recipes",
     "Scores": "scores",
     "TeacherError": "errors",
     "TrainingFacts": "facts",
     "advise": "advice",
     "compare": "comparison",
+    "compare_recipes": "recipes",
     "default_model": "model",
     "diagnose": "diagnosis",
     "dial": "adapter_dial",
@@ -87,6 +90,7 @@ _HOME = {
     "mix_rehearsal": "rehearsal",
     "plot_dial": "plots",
     "plot_forgetting": "plots",
+    "plot_recipes": "plots",
     "sample_path": "samples",
     "save_adapter": "adapters",
     "scale_adapter": "adapter_dial",

@@ -200,7 +200,7 @@ def forgetting_report(
             f"forgetting_report was given {[type(one).__name__ for one in scores]}, but it needs "
             "what evaluate() returned, once for each training."
         )
-    _same_rows(scores)
+    check_same_rows(scores)
     start, trained = _stages(scores)
     names = _task_names(scores[-1], tasks, len(trained))
     taught = {name: stage for stage, group in enumerate(names, 1) for name in group}
@@ -248,7 +248,7 @@ def _task_names(
     return names
 
 
-def _same_rows(scores: Sequence[Scores]) -> None:
+def check_same_rows(scores: Sequence[Scores]) -> None:
     """Raises a DataError unless all were measured on the same rows of the same sets."""
     first = scores[0]
     for number, other in enumerate(scores[1:], 2):

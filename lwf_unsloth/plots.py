@@ -23,6 +23,7 @@ from lwf_unsloth.markup import shown
 if TYPE_CHECKING:  # a figure of a saved result needs no model library
     from lwf_unsloth.adapter_dial import DialResult
     from lwf_unsloth.forgetting import ForgettingReport, Line
+    from lwf_unsloth.recipes import Recipes
 
 BLUE, VERMILION, GREEN, PURPLE, INK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222"
 STYLES = (
@@ -34,6 +35,8 @@ STYLES = (
 )
 """Colour, marker and line of the first, second, ... set."""
 LONGEST_NAME = 28
+COSTS = {"nll": "NLL risen", "kl": "KL(base || tuned)", "leak": "leak"}
+"""What a set to be kept may have lost, and how a panel calls it."""
 UNITS = {"nats": "nats per token", "share": "percentage points"}
 
 
@@ -132,6 +135,70 @@ def plot_dial(result: DialResult) -> Chart:
         axes.set_xlabel("scale of the adapter")
         _plain_axes(axes)
     return Chart(figure)
+
+
+def plot_recipes(recipes: Recipes, task: str | None = None) -> Chart:
+    """Gain against forgetting: one point a recipe, the best ones high and to the left.
+
+    Args:
+        recipes: What `compare_recipes` gave.
+        task: The set whose gain is shown; None: the first task set.
+
+    Returns:
+        The chart: a panel for each thing that a set to be kept may have lost (rise of the NLL, KL,
+        leak), all over the gain: points of right answers where they were asked for, else NLL.
+    """
+    task = task or recipes.tasks[0]
+    gain = "right" if recipes.measured(task, "right") else "nll"
+    panels = [
+        (name, cost, label)
+        for name in recipes.general
+        for cost, label in COSTS.items()
+        if recipes.measured(name, cost)
+    ]
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.0 * columns, 3.4 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for unused in grid[len(panels) :]:
+        unused.remove()
+    for axes, (name, cost, label) in zip(grid, panels, strict=False):
+        _recipe_points(axes, recipes.change(task, gain), recipes.change(name, cost), gain, cost)
+        axes.set_title(f"{_short(name)}: {label}", fontsize=10, loc="left")
+        axes.set_xlabel(UNITS["share" if cost == "leak" else "nats"], fontsize=9)
+        _plain_axes(axes, "both")
+    unit = "right answers, points" if gain == "right" else "NLL, nats per token"
+    for axes in grid[: len(panels) : columns]:
+        axes.set_ylabel(f"gained on {_short(task)}\n{unit}", fontsize=9)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9
+    )
+    return Chart(figure)
+
+
+def _recipe_points(
+    axes: Axes, gains: dict[str, Interval], costs: dict[str, Interval], gain: str, cost: str
+) -> None:
+    """One marker a recipe with both intervals."""
+    axes.axvline(0, color=INK, linewidth=0.9, alpha=0.6)
+    for place, name in enumerate(gains):
+        colour, marker, _ = STYLES[place % len(STYLES)]
+        x, across = _bars([costs[name]], 100 if cost == "leak" else 1)
+        y, up = _bars([gains[name]], 100 if gain == "right" else 1)
+        axes.errorbar(
+            x,
+            y,
+            xerr=across,
+            yerr=up,
+            color=colour,
+            marker=marker,
+            linestyle="",
+            capsize=3,
+            markersize=8,
+            label=_short(name),
+        )
+    axes.margins(0.12)
 
 
 def _measured(result: DialResult, key: str, names: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ batches checkpoints objective meters kl_meter prechecks progress train_data trai
 markup result_table token_stats scoring intervals leak answer_scores scores
 eval_sets evaluation adapter_dial best_adapter
 diagnosis facts loss_curve advice comparison
-forgetting plots
+forgetting recipes plots
 instruction_checks skill_data harness_lm task_score benchmark_scores harness
 sweep widgets
 train_file demo_view demo_data demo cli __main__
