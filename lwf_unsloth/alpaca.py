@@ -24,7 +24,7 @@ from lwf_unsloth.records import (
     prompt_ids,
     set_template,
 )
-from lwf_unsloth.rows import Row, check_rows, row_key
+from lwf_unsloth.rows import RIGHT, Row, check_rows, row_key
 from lwf_unsloth.selection import NOT_CHOSEN, Plan, choose_rows, grouped, is_count, split_rows
 from lwf_unsloth.sources import Wanted, read_source, split_sources
 
@@ -78,7 +78,7 @@ def load_alpaca(
     split: str = "train",
     token: str | None = None,
 ) -> AlpacaData:
-    r"""Rows of instruction, input and output.
+    r"""Rows of instruction, input and output, and `answer_contains` where a row has it.
 
     Every row is kept or dropped under a named reason (``.report``). Numbers become text, null, NaN
     and blank outputs are dropped, line ends become ``\n``; repeats are counted and kept, on one
@@ -211,6 +211,8 @@ def _load(
     _finish(train, test, plan, report)
     marked = any("whole" in row.fields for row in train + test)
     names = (*mapping, "whole") if plan.max_chars is not None or marked else tuple(mapping)
+    if any(row.fields.get(RIGHT) for row in train + test):
+        names = (*names, RIGHT)
     halves = [_dataset(_pieces(half, plan.max_chars), names) for half in (train, test)]
     return AlpacaData(halves[0], halves[1], report)
 
@@ -269,5 +271,6 @@ def _dataset(rows: list[dict[str, Any]], names: Sequence[str]) -> Dataset:
     from datasets import Dataset, Features, Value
 
     types = {name: Value("bool" if name == "whole" else "string") for name in names}
-    columns = {name: [row.get(name, True) for row in rows] for name in names}
+    missing = {"whole": True, RIGHT: ""}
+    columns = {name: [row.get(name, missing.get(name)) for row in rows] for name in names}
     return Dataset.from_dict(columns, features=Features(types))

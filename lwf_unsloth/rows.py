@@ -21,6 +21,8 @@ _CHAT_COLUMNS = (
     {"from", "value"},
     {"role", "content"},
 )
+RIGHT = "answer_contains"
+"""Optional column of held-out rows: what makes an answer right; `evaluate` looks for it."""
 _KINDS = {
     "str": "text",
     "dict": "an object",
@@ -63,7 +65,8 @@ def check_rows(
         raise DataError(f"{table.name} has no rows{header}. At least one is needed.")
     columns = _columns(table, mapping)
     _check_columns(table, columns, mapping, required)
-    report.unused = [column for column in columns if column not in mapping.values()]
+    used = {*mapping.values(), RIGHT} if "output" in mapping else set(mapping.values())
+    report.unused = [column for column in columns if column not in used]
     kept = []
     for raw in table.rows:
         fields, reason = _fields(raw, mapping, required, report)
@@ -173,6 +176,11 @@ def _fields(
         converted = converted or was_number
     if value.get("whole") is False:  # written by the model and cut: it must get no EOS
         fields["whole"] = False
+    if RIGHT in value and "output" in mapping:
+        try:
+            fields[RIGHT] = as_text(value[RIGHT])[0].strip()
+        except (_NotText, UnicodeEncodeError):
+            return {}, f"{RIGHT!r} is {_kind(value[RIGHT])}, not text"
     if converted:
         report.converted.append(raw.number)
     return fields, ""

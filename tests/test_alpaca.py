@@ -671,3 +671,15 @@ def test_a_row_that_its_writer_cut_stays_marked_and_its_answer_gets_no_eos(tmp_p
     texts = [{"text": f"Passage {i} of some words.", "whole": False} for i in range(2)]
     assert list(load_text(texts, test_size=0)["train"]["whole"]) == [False, False]
     assert "whole" not in load_alpaca([rows[0]], test_size=0)["train"].column_names
+
+
+def test_what_makes_an_answer_right_stays_with_its_row_and_is_no_column_where_no_row_has_it():
+    rows = [{"instruction": f"Question {i}?", "output": f"It is {i}."} for i in range(12)]
+    named = [{**row, "answer_contains": str(i)} for i, row in enumerate(rows)]
+    data = load_alpaca(named, test_size=4)
+    assert not data.report.sources[0].unused
+    for row in [*data["train"], *data["test"]]:
+        assert row["output"] == f"It is {row['answer_contains']}."
+    assert load_alpaca(rows)["train"].column_names == ["instruction", "input", "output"]
+    mixed = load_alpaca([rows, [{"instruction": "Else?", "output": "x", "answer_contains": "x"}]])
+    assert set(mixed["train"]["answer_contains"]) <= {"", "x"}
