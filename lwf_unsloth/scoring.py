@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import LwFCollator, token_roles
-from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.errors import ConfigError, ModelError
 from lwf_unsloth.generation import adapter_state, model_name
 from lwf_unsloth.hidden import model_hidden, model_logits
 from lwf_unsloth.locks import kept_state, model_lock
@@ -135,7 +135,8 @@ def score(
         model: From `load_model`, trained or not; left as it was found.
         tokenizer: Its tokenizer, which carries the prompt template.
         rows: Alpaca or text rows (Dataset or list of dicts).
-        max_length: Tokens a row; longer rows lose their tail, counted in `settings["cut"]`.
+        max_length: Tokens a row, no more than the model was loaded for; longer rows lose their
+            tail, counted in `settings["cut"]`.
         batch_size: Rows at a time; for speed and memory, the numbers stay.
         response_only: Score the answer (and its EOS) alone, or the prompt too. Text rows are
             scored whole.
@@ -148,7 +149,7 @@ def score(
     Raises:
         ConfigError: A setting out of range.
         DataError: No row has a token to score.
-        ModelError: The model is in use by another thread.
+        ModelError: The model is in use by another thread, or its adapter off is not its base.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size!r}, but must be a whole number from 1.")
@@ -158,6 +159,9 @@ def score(
             "nothing else says which model to compare with."
         )
     prepare()
+    if isinstance(base, str):
+        _check_off(model)
+    max_length = _within(model, max_length)
     dataset, report = encode_rows(
         tokenizer, rows, max_length=max_length, train_on="response" if response_only else "all"
     )
@@ -187,6 +191,37 @@ def score(
         row_base_gaps=None if alone else base_gaps,
         settings=settings,
     )
+
+
+def _check_off(model: Any) -> None:
+    """Refuses an adapter that leaves another model than the base when it is off.
+
+    Raises:
+        ModelError: It trains biases, or is merged into the weights.
+    """
+    biases = {getattr(one, "bias", "none") for one in getattr(model, "peft_config", {}).values()}
+    merged = any(getattr(module, "merged", False) is True for module in model.modules())
+    if merged or biases - {"none"}:
+        why = "is merged into the weights" if merged else f"trains biases (bias={max(biases)!r})"
+        raise ModelError(
+            f"The adapter {why}, so with the adapter off the model is not its base, and a KL to it "
+            "would miss what was learned there. Give base=make_teacher(model), made before the "
+            "training, or base=None."
+        )
+
+
+def _within(model: Any, max_length: int | None) -> int | None:
+    """`max_length`, no more than the model was loaded for: Unsloth's CUDA path looks no further."""
+    limit = getattr(model, "max_seq_length", None)
+    if not isinstance(limit, int) or (max_length is not None and max_length <= limit):
+        return max_length
+    if max_length is not None:
+        logger.warning(
+            "max_length is %d, but the model was loaded for %d tokens: longer rows are cut there.",
+            max_length,
+            limit,
+        )
+    return limit
 
 
 def _rounded(gaps: Tensor) -> tuple[tuple[float, ...], ...]:

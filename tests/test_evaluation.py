@@ -294,7 +294,7 @@ def test_a_prompt_too_long_for_an_answer_is_left_out_and_told(tiny_peft, alpaca_
     rows = [*alpaca_rows(2), {"instruction": "fox " * 500, "output": "No."}]
     found = evaluate(model, tokenizer, {"task": rows}, max_length=None, **QUICK)
     assert len(found["task"].answers["tuned"]) == 2
-    assert found["task"].score.rows == 3
+    assert found["task"].score.rows == 2, "its answer lies beyond what the model was loaded for"
     assert "1 of 3 prompts of 'task' are left unanswered" in found.notes[0]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lwf_unsloth import scoring
-from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.losses import Head
 from lwf_unsloth.records import encode_row
 from lwf_unsloth.scoring import Score, score
@@ -274,6 +274,28 @@ def test_what_decides_the_numbers_is_recorded(tiny_peft):
     changed = score(model, tokenizer, UNEQUAL[:2]).to_dict()["settings"]
     assert changed["weights"] != settings["weights"]
     assert changed["data_sha256"] != settings["data_sha256"]
+
+
+def test_rows_are_cut_at_what_the_model_was_loaded_for(tiny_peft, caplog):
+    model, tokenizer = tiny_peft(max_seq_length=30)
+    rows = [{"text": "the river and the fox and the bank " * 10}, {"text": "the fox"}]
+    for asked, told in ((512, 1), (None, 1), (30, 1), (20, 1)):
+        found = score(model, tokenizer, rows, max_length=asked)
+        assert found.settings["max_length"] == min(30, asked or 30)
+        assert found.settings["cut"] == told and max(found.row_tokens) < min(30, asked or 30)
+    assert caplog.text.count("the model was loaded for 30 tokens") == 1
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_whose_off_is_not_the_base_is_refused_and_a_teacher_is_taken(tiny_peft, bias):
+    model, tokenizer = tiny_peft()
+    model.peft_config["default"].bias = bias
+    rows = [{"text": "the river and the fox"}]
+    with pytest.raises(ModelError, match=f"trains biases.*{bias}.*make_teacher"):
+        score(model, tokenizer, rows)
+    teacher = OwnTeacher(model, trained_tensors(model))
+    assert score(model, tokenizer, rows, base=teacher).kl == 0
+    assert score(model, tokenizer, rows, base=None).kl is None
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": True}, {"base": "none"}])
