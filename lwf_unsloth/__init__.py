@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .losses import Head, lwf_loss
     from .merging import merge_model
     from .model import default_model, load_adapter, load_model
-    from .plots import plot_dial, plot_forgetting, plot_recipes
+    from .plots import plot_dial, plot_forgetting, plot_recipes, plot_training
     from .preflight import Fit, fits
     from .recipes import Recipes, compare_recipes
     from .records import PromptTemplate, set_template
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .scores import Scores
     from .scoring import score
     from .trainer import LwFTrainer
+    from .widgets import panel
 
 __version__ = "0.1.0"
 
@@ -88,9 +89,11 @@ _HOME = {
     "lwf_loss": "losses",
     "merge_model": "merging",
     "mix_rehearsal": "rehearsal",
+    "panel": "widgets",
     "plot_dial": "plots",
     "plot_forgetting": "plots",
     "plot_recipes": "plots",
+    "plot_training": "plots",
     "sample_path": "samples",
     "save_adapter": "adapters",
     "scale_adapter": "adapter_dial",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,11 @@ LONGEST_NAME = 28
 COSTS = {"nll": "NLL risen", "kl": "KL(base || tuned)", "leak": "leak"}
 """What a set to be kept may have lost, and how a panel calls it."""
 UNITS = {"nats": "nats per token", "share": "percentage points"}
+CURVES = (
+    ("task loss", (("task_loss", "training rows"), ("eval_task_loss", "held-out rows"))),
+    ("KL to the teacher", (("kl_rehearsal", "rehearsal rows"), ("kl_task", "task rows"))),
+)
+"""Panels of a training's chart: title, then each name in the log with its label."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,41 @@ def plot_dial(result: DialResult) -> Chart:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("scale of the adapter")
         _plain_axes(axes)
+    return Chart(figure)
+
+
+def plot_training(history: Sequence[Mapping[str, Any]], steps: int | None = None) -> Chart:
+    """The course of a training: task loss beside the KL on rehearsal and on task rows.
+
+    Args:
+        history: A trainer's `state.log_history`; entries of other kinds are passed over.
+        steps: Steps of the whole run, the width of the chart; None ends at the last entry.
+
+    Returns:
+        The chart, nats per token over optimizer steps. It may be drawn while the run goes on.
+    """
+    figure = Figure(figsize=(8.6, 2.7), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, 2), CURVES, strict=True):
+        for place, (name, label) in enumerate(names):
+            found = [(one["step"], one[name]) for one in history if name in one and "step" in one]
+            if not found:
+                continue
+            colour, marker, line = STYLES[place]
+            places, values = zip(*found, strict=True)
+            few = marker if len(found) < 10 else ""
+            axes.plot(
+                places, values, color=colour, marker=few, linestyle=line, markersize=4, label=label
+            )
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+        axes.set_xlim(0, steps)
+        axes.margins(y=0.1)
+        if axes.lines:
+            axes.legend(fontsize=8, frameon=False)
+        else:
+            axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", alpha=0.6)
+        _plain_axes(axes)
+    figure.axes[0].set_ylabel(UNITS["nats"], fontsize=9)
     return Chart(figure)
 
 

@@ -16,22 +16,23 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors backend config
+errors schedules kl_budget backend config
 load_report formats rows selection sources templates codec records alpaca rehearsal
-loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden schedules
+loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden
 gguf_files gguf_tokenizer embedded bases model_files loaded model_card adapters merging model
 checkup memory shapes preflight
 locks teacher cache_parts teacher_identity teacher_cache cache_plan
 prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
-batches checkpoints objective meters kl_meter prechecks progress train_data trainer
+batches checkpoints objective meters kl_meter strength prechecks progress train_data trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
 eval_sets evaluation adapter_dial best_adapter
 diagnosis facts loss_curve advice comparison
 forgetting recipes plots
 instruction_checks skill_data harness_lm task_score benchmark_scores harness
-sweep widgets
-train_file demo_view demo_data demo cli __main__
+train_file sweep_file trial sweep
+panel_code panel_work panel_session panel_parts widgets
+demo_view demo_data demo cli __main__
 """.split()
 ABOVE_ALL = {"lwf_unsloth"}  # the lazy __init__: the version may be read from it
 
@@ -40,7 +41,7 @@ BORDERS = {
     "unsloth_zoo": {"backend", "model", "adapters"},
     "trl": {"config", "trainer"},
     "matplotlib": {"plots"},
-    "ipywidgets": {"widgets"},
+    "ipywidgets": {"panel_parts", "widgets"},
     "typer": {"cli"},
     "optuna": {"sweep"},
     "lm_eval": {"harness_lm", "harness"},

@@ -119,3 +119,14 @@ def test_matplotlibs_own_state_is_left_alone_and_no_model_library_is_needed():
 
     plot_dial(dial_result())
     assert plt.get_fignums() == []
+
+
+def test_a_training_is_drawn_while_it_goes_on_and_without_a_kl():
+    from lwf_unsloth.plots import plot_training
+
+    history = [{"step": 1, "task_loss": 2.0, "kl_rehearsal": 0.0}, {"step": 2, "task_loss": 1.5}]
+    losses, kls = plot_training([*history, {"step": 2, "train_runtime": 1.0}], 10).figure.axes
+    assert [list(line.get_ydata()) for line in losses.lines] == [[2.0, 1.5]]
+    assert [list(line.get_ydata()) for line in kls.lines] == [[0.0]]
+    assert losses.get_xlim() == (0, 10)
+    assert plot_training([])._repr_png_().startswith(b"\x89PNG")
