@@ -20,10 +20,19 @@ SMALL = {
         "MAX_NEW_TOKENS": 16,
     },
     "02_forgetting": {"STEPS": 1, "TASK_ROWS": 4, "ROWS": 4, "ANSWERS": 4, "MAX_NEW_TOKENS": 6},
+    "04_evaluate": {"STEPS": 1, "ROWS": 4, "ANSWERS": 4, "MAX_NEW_TOKENS": 6, "SCALES": [0, 1]},
+    "03_your_data": {
+        "MODEL": "smollm2-135m-instruct",
+        "STEPS": 2,
+        "ROWS": 20,
+        "MAX_NEW_TOKENS": 8,
+    },
 }
 LEFT = {
     "01_alpaca_demo": ("comparison.html", "adapter/adapter_model.safetensors"),
     "02_forgetting": ("recipes.json", "gain_against_forgetting.png", "no_help.json"),
+    "04_evaluate": ("scores.json", "dial.json", "forgetting.png", "turned_down/README.md"),
+    "03_your_data": ("comparison.html", "adapter/adapter_model.safetensors"),
 }
 """What each notebook leaves in its OUTPUT."""
 
