@@ -14,7 +14,7 @@
 # *The document* is the recipe that this project started from (`LwFConfig.document`). The notebook ends in one table and one
 # figure: what each recipe **gained** on the task against what it **forgot** elsewhere.
 #
-# Run time, not measured but estimated: a few minutes on a T4, half an hour on a CPU (fewer with `STEPS = 40`).
+# A few minutes on a T4 (an estimate), half an hour or more on two CPU cores (less with `STEPS = 40`).
 # Runtime > Run all.
 
 # %% [markdown]
@@ -74,13 +74,13 @@ print(f"{len(task)} task rows, {len(held_out)} held-out questions;", general.rep
 # %%
 same = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, "warmup_steps": STEPS // 10}
 same |= {"gradient_accumulation_steps": 1, "save_strategy": "no", "seed": SEED}
-fifth = {"per_device_train_batch_size": TASK_ROWS * 5 // 4}  # a ratio of 0.2
-one = {"per_device_train_batch_size": TASK_ROWS + 1, "rehearsal_ratio": 1 / (TASK_ROWS + 1)}
-none = {"per_device_train_batch_size": TASK_ROWS, "rehearsal_ratio": 0.0, "lwf_lambda": 0.0}
+document = {"per_device_train_batch_size": TASK_ROWS * 5 // 4}  # its ratio is 0.2
+ours = {"per_device_train_batch_size": TASK_ROWS + 1, "rehearsal_ratio": 1 / (TASK_ROWS + 1)}
+no_help = {"per_device_train_batch_size": TASK_ROWS, "rehearsal_ratio": 0.0, "lwf_lambda": 0.0}
 recipes = {
-    "no help": lwf.LwFConfig(OUTPUT, **same, **none),
-    "the document": lwf.LwFConfig.document(OUTPUT, **{**same, **fifth}),
-    "ours, the default": lwf.LwFConfig(OUTPUT, **same, **one),
+    "no help": lwf.LwFConfig(OUTPUT, **same, **no_help),
+    "the document": lwf.LwFConfig.document(OUTPUT, **{**same, **document}),
+    "ours, the default": lwf.LwFConfig(OUTPUT, **same, **ours),
 }
 
 # %% [markdown]
@@ -112,6 +112,17 @@ for name, args in recipes.items():
     scores[name].save(f"{OUTPUT}/{name.replace(' ', '_')}.json")
 
 # %% [markdown]
+# ## How forgetting looks
+# A few of the general questions, answered by the base model and by the one that was trained without help.
+
+# %%
+from dataclasses import replace
+
+sides = scores["no help"]["general"].answers
+few = {side: replace(whole, answers=whole[:5]) for side, whole in sides.items()}
+lwf.compare(few["base"], few["tuned"])
+
+# %% [markdown]
 # ## The table
 # Gains of the task should be large, losses of the general set near 0. Look at **KL and leak** too and not at the NLL
 # alone: a recipe that *learns* the general answers can lower their NLL and still move far from the model that it was.
@@ -130,14 +141,6 @@ comparison
 figure = lwf.plot_recipes(comparison)
 figure.save(f"{OUTPUT}/gain_against_forgetting")
 figure
-
-# %% [markdown]
-# ## How forgetting looks
-# The same general questions, answered by the base model and by the one that was trained without help.
-
-# %%
-answers = scores["no help"]["general"].answers
-lwf.compare(answers["base"], answers["tuned"])
 
 # %% [markdown]
 # ## Next
