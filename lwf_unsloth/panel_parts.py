@@ -40,7 +40,7 @@ font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",mo
 .lwf-panel .lwf-bad{border-color:rgba(217,60,6,.75);background:rgba(217,60,6,.12)}
 .lwf-panel .lwf-warn{border-color:rgba(217,119,6,.7);background:rgba(217,119,6,.13)}
 .lwf-panel pre.lwf-script{padding:8px 10px;background:rgba(128,128,128,.08);border-radius:6px;
-user-select:all;max-height:30em;overflow:auto}
+user-select:all;max-height:44em;overflow:auto}
 .lwf-panel .widget-label{color:inherit}
 .lwf-panel img{max-width:100%;background:#fff;border-radius:6px}
 </style>"""
@@ -128,10 +128,10 @@ class Parts:
             options=list(REHEARSALS.items()),
             description="rehearsal",
             style={"description_width": "110px"},
-            layout={"width": "330px", "max_width": "100%"},
+            layout={"width": "376px", "max_width": "100%"},
         )
         self.rehearsal_path = ipw.Text(
-            placeholder="file of yours", layout={"width": "330px", "max_width": "100%"}
+            placeholder="file of yours", layout={"width": "376px", "max_width": "100%"}
         )
         self.numbers: dict[str, Any] = {}
         for name, (text, value, hint) in NUMBERS.items():
@@ -149,7 +149,7 @@ class Parts:
         self.chart = ipw.Image(format="png", layout={"display": "none"})
 
     def _answers(self) -> None:
-        full = {"width": "100%"}
+        full = {"width": "auto"}
         self.prompt = ipw.Textarea(placeholder="Ask something", rows=2, layout=full)
         self.given = ipw.Textarea(placeholder="input, where there is one", rows=1, layout=full)
         self.held_out = _button("A held-out row", "Ask a row of your file that is not trained on")

@@ -128,7 +128,8 @@ class Panel(ipw.VBox):
             data = self.session.load_rows(self.parts.source.value)
             self._row = -1
             self.next_held_out()
-            return message(str(data.report), "ok", fixed=True)
+            kind = "warn" if data.report.dropped else "ok"
+            return message(str(data.report), kind, fixed=True)
 
         self._start("rows", "Reading and checking the rows …", work, measure=True)
 

@@ -132,6 +132,15 @@ def test_an_error_that_is_not_ours_is_a_message_too(made, monkeypatch):
     assert not made.parts.ask.disabled
 
 
+def test_a_file_with_dropped_rows_is_marked(made, rows_file):
+    assert "lwf-ok" in made.parts.said["rows"].value
+    with rows_file.open("a", encoding="utf-8") as file:
+        file.write('\n{"instruction": "no answer"}\n')
+    made.parts.check.click()
+    done(made)
+    assert "lwf-warn" in made.parts.said["rows"].value and "missing" in said(made, "rows")
+
+
 # ------------------------------------------------------------------------ settings
 
 
