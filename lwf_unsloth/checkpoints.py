@@ -60,6 +60,24 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
+def tell_missing(folder: Path) -> None:
+    """Says which state a checkpoint lacks, for a resume that was told to take it all the same."""
+    if not folder.is_dir():
+        return
+    lacks = {
+        "optimizer.pt": "AdamW starts without its moments",
+        "scheduler.pt": "the learning rate starts anew",
+        "rng_state*.pth": "dropout draws other numbers",
+    }
+    missing = [f"{name} ({why})" for name, why in lacks.items() if not any(folder.glob(name))]
+    if missing:
+        logger.warning(
+            "%s lacks %s: the run will not be the uninterrupted one.",
+            folder.name,
+            ", ".join(missing),
+        )
+
+
 def save_teacher(teacher: Teacher | None, folder: Path) -> None:
     """Writes what a resume needs to have the same teacher again."""
     teacher = _live(teacher)

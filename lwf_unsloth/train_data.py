@@ -2,14 +2,15 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.alpaca import encode_rows
-from lwf_unsloth.batches import prompt_length
+from lwf_unsloth.batches import IGNORED, prompt_length
 from lwf_unsloth.config import LwFConfig
-from lwf_unsloth.errors import DataError
+from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.rehearsal import drop_overlap, rehearsal_count
 from lwf_unsloth.row_writer import self_rehearsal
 from lwf_unsloth.teacher import adapter_is_fresh
@@ -59,17 +60,15 @@ class RowEncoder:
         """
         from datasets import Dataset
 
-        if isinstance(rows, list):
-            rows = Dataset.from_list(rows)
-        if not isinstance(rows, Dataset):
+        if not isinstance(rows, (Dataset, list)):
             raise DataError(
                 f"{name} is a {type(rows).__name__}, but must be a Dataset or a list of dicts. "
                 "load_alpaca and load_text give a dict of them: take its ['train']."
             )
         if len(rows) == 0:
             raise DataError(f"{name} is empty: there is nothing to learn from.")
-        if set(rows.column_names) >= ENCODED:
-            return _encoded(rows, is_rehearsal)
+        if _is_encoded(rows):
+            return _encoded(rows, name, is_rehearsal, self.max_length)
         encoded, report = encode_rows(
             self.tokenizer,
             rows,
@@ -106,11 +105,18 @@ class RowEncoder:
                 "train_dataset is missing: there is nothing to learn. Give "
                 "load_alpaca(...)['train']."
             )
+        _refuse_mixed(task)
         rows = self(task, "train_dataset")
         if rehearsal is None or ratio == 0:
             return TrainRows(rows, len(rows), 0)
         pool = self(without(rehearsal, held_out), "rehearsal_dataset", True)
         needed = rehearsal_count(len(rows), ratio)
+        if needed == 0:
+            raise ConfigError(
+                f"rehearsal_ratio {ratio:g} beside {len(rows)} task rows makes less than half a "
+                "rehearsal row, so none would come and nothing would be kept. Raise it to "
+                f"{1 / (len(rows) + 1):.2g} or more, or leave rehearsal_dataset out."
+            )
         counts = (len(rows), needed, 100 * ratio, len(pool))
         logger.info("An epoch has %d task rows and %d rehearsal rows (%.0f %%), from %d.", *counts)
         if needed > len(pool):
@@ -190,22 +196,67 @@ def without(rehearsal: Any, held_out: Any) -> Any:
 
 
 def _is_encoded(rows: Any) -> bool:
-    names = rows[0].keys() if isinstance(rows, list) else getattr(rows, "column_names", ())
-    return set(names) >= ENCODED
+    if isinstance(rows, list):
+        return bool(rows) and all(isinstance(row, Mapping) and set(row) >= ENCODED for row in rows)
+    return set(getattr(rows, "column_names", None) or ()) >= ENCODED
 
 
-def _encoded(rows: Any, is_rehearsal: bool) -> Any:
-    """Encoded rows with the columns the loss needs, and no others."""
+def _refuse_mixed(task: Any) -> None:
+    """Refuses task rows among which rehearsal rows are marked: they would be learned as task rows.
+
+    Raises:
+        DataError: A row says is_rehearsal.
+    """
+    if isinstance(task, list):
+        marked = sum(isinstance(row, Mapping) and bool(row.get("is_rehearsal")) for row in task)
+    else:
+        known = "is_rehearsal" in (getattr(task, "column_names", None) or ())
+        marked = sum(map(bool, task["is_rehearsal"])) if known else 0
+    if marked:
+        raise DataError(
+            f"{marked} rows of train_dataset are marked is_rehearsal (as mix_rehearsal gives "
+            "them), but all of train_dataset is learned by cross entropy. Pass the task rows as "
+            "train_dataset and the others as rehearsal_dataset: the trainer mixes them itself."
+        )
+
+
+def _encoded(rows: Any, name: str, is_rehearsal: bool, max_length: int | None) -> Any:
+    """Encoded rows with the columns the loss needs, cut at max_length; told as `encode_rows` tells.
+
+    Raises:
+        DataError: Ids and labels of different lengths, or no row with a label.
+    """
     from datasets import Dataset
 
-    return Dataset.from_list(
-        [
+    kept: list[dict[str, Any]] = []
+    cut = dropped = 0
+    for number, row in enumerate(rows, start=1):
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        if len(ids) != len(labels):
+            raise DataError(
+                f"Row {number} of {name} has {len(ids)} input_ids and {len(labels)} labels: each "
+                "token needs its label, -100 where it is not learned."
+            )
+        cut += max_length is not None and len(ids) > max_length
+        ids, labels = ids[:max_length], labels[:max_length]
+        if not any(label != IGNORED for label in labels[1:]):
+            dropped += 1
+            continue
+        length = min(prompt_length({**row, "labels": labels}), len(ids))
+        kept.append(
             {
-                "input_ids": list(row["input_ids"]),
-                "labels": list(row["labels"]),
-                "prompt_length": prompt_length(row),
+                "input_ids": ids,
+                "labels": labels,
+                "prompt_length": length,
                 "is_rehearsal": is_rehearsal,
             }
-            for row in rows
-        ]
-    )
+        )
+    if not kept:
+        raise DataError(
+            f"No row of {name} has a label at max_length={max_length}, so nothing could be "
+            "learned. Raise max_length, or look at the labels: -100 marks what is not learned."
+        )
+    if cut or dropped:
+        text = "%s: %d of %d encoded rows are cut at max_length=%s, %d without a label are dropped."
+        logger.warning(text, name, cut, len(kept) + dropped, max_length, dropped)
+    return Dataset.from_list(kept)

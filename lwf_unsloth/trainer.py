@@ -15,8 +15,10 @@ from lwf_unsloth.alpaca import check_tokenizer
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import LwFCollator, Roles, token_roles
 from lwf_unsloth.cache_plan import with_cache
-from lwf_unsloth.checkpoints import latest_checkpoint, load_teacher, save_teacher
+from lwf_unsloth.checkpoints import latest_checkpoint, load_teacher, save_teacher, tell_missing
 from lwf_unsloth.config import LwFConfig
+from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.guard import FiniteSteps
 from lwf_unsloth.hidden import model_logits
 from lwf_unsloth.kl_meter import KLMeter
 from lwf_unsloth.locks import model_lock
@@ -43,6 +45,8 @@ from trl import SFTTrainer  # noqa: E402  (Unsloth patches it, so it comes after
 
 logger = logging.getLogger(__name__)
 
+REFUSED = ("data_collator", "formatting_func", "compute_loss_func", "peft_config")
+"""SFTTrainer's arguments that would act on a loss, rows or an adapter that are made here."""
 COLUMNS = ["input_ids", "labels", "is_rehearsal", "prompt_length"]
 
 
@@ -84,6 +88,12 @@ class LwFTrainer(SFTTrainer):
             ModelError: Nothing is trainable.
             TeacherError: A teacher of another vocabulary.
         """
+        for name in REFUSED:
+            if kwargs.pop(name, None) is not None:
+                raise ConfigError(
+                    f"{name} was given, but rows, loss and adapter are made here, so it would have "
+                    "no effect: leave it out (LoRA's settings stand in ModelConfig)."
+                )
         args = copy.copy(args) if args is not None else LwFConfig("runs/lwf")
         check_tokenizer(processing_class)
         check_trainable(model)
@@ -116,6 +126,7 @@ class LwFTrainer(SFTTrainer):
         # that casts the model, LoRA included, to half precision for good.
         self.args.max_length = self._encode.max_length
         self.args.fp16_full_eval = self.args.bf16_full_eval = False
+        self.add_callback(FiniteSteps())
         _restore_precision(self.model, precise)
         self._start(teacher)
 
@@ -302,6 +313,7 @@ class LwFTrainer(SFTTrainer):
     ) -> Any:
         """As TRL's; `task_loss` and `kl` are weighted by tokens, `loss` is the task loss."""
         self._eval_prefix = metric_key_prefix
+        self._meters["eval"] = Meter()  # what predict, or an evaluation that was cut off, has left
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -328,7 +340,7 @@ class LwFTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                logger.info(
+                logger.warning(
                     "No complete checkpoint in %s: starting from the first step.",
                     self.args.output_dir,
                 )
@@ -359,6 +371,7 @@ class LwFTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter, and the teacher of the interrupted run."""
+        tell_missing(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_teacher(self.teacher, Path(resume_from_checkpoint))
 
