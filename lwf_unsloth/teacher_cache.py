@@ -90,6 +90,7 @@ class CachedTeacher:
         self._store: PartStore | None = None
         self._mark = ""
         self._late: list[_Late] = []
+        self._rest = [0.0, 0.0]  # mass outside of the top k, and tokens, of what was kept anew
 
     @property
     def kind(self) -> str:
@@ -130,6 +131,16 @@ class CachedTeacher:
             self._harvest()
             self._store.close()
             self._store = None
+        mass, tokens = self._rest
+        if tokens:
+            logger.info(
+                "Teacher cache: the %d most probable tokens hold %.2f %% of the teacher's "
+                "probability (mean of %d tokens, T %g). The KL counts the other %.2g %% as one "
+                "class, so it is at most the exact KL.",
+                *(self.k, 100 - 100 * mass / tokens, tokens, self.temperature),
+                100 * mass / tokens,
+            )
+            self._rest = [0.0, 0.0]
 
     # ------------------------------------------------------------------ a batch
 
@@ -247,6 +258,9 @@ class CachedTeacher:
                 part.event.synchronize()
             for n, (key, length) in enumerate(zip(part.keys, part.lengths, strict=True)):
                 own = slice(n * part.width, n * part.width + length)
+                if self.mode == "topk":
+                    self._rest[0] += float(part.block["tail"][own].double().exp().sum())
+                    self._rest[1] += length
                 self.store.add(key, {name: t[own].clone() for name, t in part.block.items()})
 
 

@@ -569,6 +569,26 @@ def test_topks_error_on_the_tiny_model_is_below_and_as_large_as_the_rest_allows(
     assert found[2] == pytest.approx(whole, rel=1e-4)
 
 
+def test_a_run_that_fills_topk_says_how_much_of_the_teacher_the_rest_is(make_trainer, caplog):
+    trainer = make_trainer(lwf_cache="topk", lwf_cache_k=64)
+    with caplog.at_level(logging.INFO, logger="lwf_unsloth"):
+        trainer.train()
+    (said,) = [r.getMessage() for r in caplog.records if "tokens hold" in r.getMessage()]
+    share = float(said.split("hold ")[1].split(" %")[0])
+    live = trainer.teacher.teacher
+    masses = []
+    for row in trainer.rows.dataset:
+        ids = torch.tensor([row["input_ids"]])
+        probabilities = live.logits(ids, None)[0].detach().float().softmax(-1)
+        masses.append(probabilities.topk(64).values.sum(-1))
+    every = torch.cat(masses)
+    assert every.min() * 100 <= share <= every.max() * 100 and 0 < share < 100
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="lwf_unsloth"):
+        make_trainer(lwf_cache="topk", lwf_cache_k=64).train()
+    assert not [r for r in caplog.records if "most probable tokens hold" in r.getMessage()]
+
+
 def test_topk_serves_full_logits_and_hidden_refuses_them(make_trainer, monkeypatch):
     one_pass = make_trainer(lwf_cache="topk")
     one_pass.train()
