@@ -183,7 +183,7 @@ class Panel(ipw.VBox):
 
         def work() -> str:
             comparison = self.session.ask(self.plan)
-            self.parts.table.value = comparison.to_html()
+            self.parts.table.value = comparison._repr_html_()  # to_html styles a whole page
             return self._kept_answer()
 
         self._start("answers", "Answering …", work)
