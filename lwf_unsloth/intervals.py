@@ -98,7 +98,7 @@ def mean_interval(
     shift = e / total  # the resample's mean less the sample's
     error = _ratio_error((ee - 2 * shift * et + shift**2 * tt).clamp(min=0), total, n)
     thin = error <= THIN * se
-    # Left out, a sample whose few rows differ would seem sure: two rows had an interval of no width.
+    # Left out, a sample whose few rows differ would seem sure: two rows had no width at all.
     most = torch.where(thin, STUDENT[min(_differing(y, t), len(STUDENT)) - 1], STUDENT[0])
     ratio = torch.where(thin, shift.sign() * most, shift / error.clamp(min=1e-300))
     low, high = _quantiles(ratio.clamp(-most, most))
