@@ -30,7 +30,9 @@ _TABLE = re.compile(
     re.I,
 )
 _NO_TABLE = re.compile(
-    r"\bSQL\b|database|CREATE TABLE|(?:dining|kitchen|coffee|wooden|round) table", re.I
+    r"\bSQL\b|database|CREATE TABLE|(?:dining|kitchen|coffee|wooden|round) table|"
+    r"\b(?:multiplication|times) table",
+    re.I,
 )
 _LIST = re.compile(
     r"\bbullet(?:s|ed)?\b|\bbullet[- ]?points?\b|\bnumbered (?:list|steps|points)|\bordered list|"
@@ -127,7 +129,7 @@ def _asked_items(prompt: str) -> int:
 
 def _no_table(text: str, cut: bool) -> str:
     """A table is rows of as many cells: in pipes, tabs, wide gaps or HTML."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip(" \t-+=")]
     for pattern in (r"(?<!\\)\|", r"\t+", r" {2,}(?=\S)"):
         widths = [len(re.findall(pattern, line.strip("|"))) for line in lines]
         for one, two in zip(widths, widths[1:], strict=False):
@@ -155,7 +157,12 @@ def _other_count(text: str, cut: bool, count: int) -> str:
 
 def _no_code(text: str) -> str:
     block = any(part.kind == "code" and part.text.strip() for part in parts(text))
-    return "" if block or re.search(r"`[^`\n]+`", text) else "no code"
+    if block or re.search(r"`[^`\n]+`", text):
+        return ""
+    one = text.strip()  # a regular expression is a word of marks
+    return (
+        "" if one and not re.search(r"\s", one) and re.search(r"[\\^$\[\]{}|]", one) else "no code"
+    )
 
 
 def _no_json(text: str, cut: bool) -> str:

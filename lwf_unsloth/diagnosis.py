@@ -48,13 +48,15 @@ MARKERS = re.compile(
 _SPEAKERS = re.compile(r"\b(?:dialog|conversation|chat|script|interview)|対話|会話|台本", re.I)
 _HTML = re.compile(r"\bHTML\b|\btags?\b|タグ", re.I)
 _VERSE = re.compile(
-    r"\b(?:poems?|songs?|lyrics?|chorus|refrain|haiku|verses?|mantra|chant|repeat)\b|詩|歌|歌詞|俳句|"
+    r"\b(?:poems?|songs?|raps?|jingles?|screenplays?|lyrics?|chorus|refrain|haiku|verses?|mantra|chant|repeat)\b|詩|歌|歌詞|俳句|"
     r"繰り返",
     re.I,
 )
 _GIVEN_BACK = re.compile(
     r"\b(?:repeat|copy|fix|correct|edit|rewrite|proofread|punctuat\w*|format|continue|complete|"
-    r"capitali[sz]e|quote|echo|expand|sort|clean)\b|校正|直し|修正|続き|繰り返|復唱|訂正|整え|並べ",
+    r"capitali[sz]e|quote|echo|expand|sort|clean|add|insert|divide|split|organi[sz]e|arrange|"
+    r"rearrange|reorder|order|begin(?:s|ning)? with|start(?:s|ing)? with)\b|"
+    r"校正|直し|修正|続き|繰り返|復唱|訂正|整え|並べ",
     re.I,
 )
 
@@ -253,7 +255,7 @@ def _echo(answer: Answer) -> list[Fault]:
         span = (where, where + len(answer.prompt.strip())) if where >= 0 else None
         return [Fault("echo", "the instruction stands in it", span)]
     given = same(answer.input)
-    if size(given) >= 5 and text.startswith(given) and not _GIVEN_BACK.search(answer.prompt):
+    if size(given) >= 5 and _begins(text, given) and not _GIVEN_BACK.search(answer.prompt):
         return [Fault("echo", "the input is given back")]
     return []
 

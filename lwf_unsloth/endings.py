@@ -20,6 +20,9 @@ _OPEN_LINE = re.compile(
     r"(?:[-+*/%=<>&|^,(\[{\\]|(?<!:):|\b(?:in|and|or|not|return|import|new|=>))\s*$"
 )
 
+_TAG_AT_END = re.compile(r"</[\w:.-]+\s*>$|/>$|-->$|<[a-zA-Z][^<>]*>$")
+"""A tag of HTML or XML, whose last mark is no comparison."""
+
 
 def ends_inside_code(text: str, stop: str) -> bool | None:
     """Whether the text ends inside code.
@@ -50,7 +53,8 @@ def incomplete(code: Part) -> bool:
     last = lines[-1].rstrip()
     if last.lstrip().startswith(("#", "//", "--")):
         return depth > 0
-    return depth > 0 or bool(quote) or bool(_OPEN_LINE.search(last)) and not last.endswith("*/")
+    closed = last.endswith("*/") or bool(_TAG_AT_END.search(last))
+    return depth > 0 or bool(quote) or bool(_OPEN_LINE.search(last)) and not closed
 
 
 def _scan(code: str) -> tuple[int, str]:

@@ -31,12 +31,12 @@ _KINDS = (
     ("about", rf"\b(?:about|around|approximately|roughly) {_N}{_UNIT}"),
     (
         "exact",
-        rf"\b(?:in|using|with|exactly)(?: exactly| just| only)? {_N}{_UNIT}"
-        r"(?! (?:on|in) the\b)",
+        rf"\b(?:in|using|with|exactly)(?: exactly| just| only)? "
+        rf"(?!(?<=with )\w+ character){_N}{_UNIT}(?! (?:on|in) the\b)",
     ),
     (
         "exact",
-        r"\b(?:write|give|compose|add|as) (?:me )?(?:a |an |exactly )?(\d{1,4}|"
+        r"\b(?:write|give|compose|as) (?:me )?(?:a |an |exactly )?(\d{1,4}|"
         + "|".join(w for w in _WORDS if " " not in w)
         + r")[- ](sentence|paragraph|line)s?\b"
         r"(?! \w* ?(?:command|script|program|function|solution|regex|code))",
@@ -68,6 +68,10 @@ _J_KINDS = {
     "以上": "min",
     "で": "exact",
 }
+
+
+_OF_EACH = re.compile(r"\beach\b[^.!?\n]{0,30}$", re.I)
+"""Before a length that is asked of every part, so that the whole answer is longer."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ def asked_lengths(prompt: str) -> list[Length]:
         found.setdefault(match[3].lower(), _length(match[3], low, high, match[0]))
     for kind, pattern in _KINDS:
         for match in re.finditer(pattern, prompt, re.I):
+            if kind == "exact" and _OF_EACH.search(prompt[: match.start()]):
+                continue
             number, unit = _number(match[1]), match[2].lower()
             found.setdefault(unit, _of_kind(kind, number, unit, match[0]))
     for match in _JAPANESE.finditer(prompt):

@@ -14,6 +14,9 @@ _ABBREVIATION = re.compile(
     r"(?:^|[\s(])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|e\.g|i\.e|etc|vs|cf|approx|Mr|Mrs|Ms|Dr|Prof|"
     r"St|No|Fig|Jr|Sr|Inc|Ltd|Co|Mt)$"
 )
+_LONGEST_ABBREVIATION = 24
+"""Characters before a point that can be one: a text of abbreviations alone stays linear."""
+_ITEM_NUMBER = re.compile(r"\s{0,9}\(?\d{1,3}")
 LIST_MARK = re.compile(
     r"^[ \t]*(?:[-*+–][ \t]+|[•・●○◦‣▪■][ \t]*|\(?\d{1,3}(?:[.)）．:][ \t]*|、)(?!\d)|[①-⑳]|"
     r"\(?[a-zA-Z][.)][ \t]+)(?=\S)"
@@ -72,7 +75,7 @@ def parts(text: str) -> list[Part]:
         fence = _FENCE.match(lines[i][1].rstrip("\n"))
         if fence:
             end = i + 1
-            while end < len(lines) and lines[end][1].strip() != fence[1]:
+            while end < len(lines) and not _closes(lines[end][1].strip(), fence[1]):
                 end += 1
             body = "".join(line for _, line in lines[i + 1 : end])
             start = lines[i][0] + len(lines[i][1])
@@ -85,6 +88,11 @@ def parts(text: str) -> list[Part]:
         found += _unfenced(lines[i:end])
         i = end
     return found
+
+
+def _closes(line: str, fence: str) -> bool:
+    """Whether a line ends fenced code: the marks it began with, or more of them."""
+    return line.startswith(fence) and not line.strip(fence[0])
 
 
 def _unfenced(lines: list[tuple[int, str]]) -> list[Part]:
@@ -155,14 +163,14 @@ def tokens(text: str) -> list[tuple[str, int, int]]:
 
 def sentences(text: str) -> list[tuple[int, int]]:
     """Spans of the sentences and list items; an abbreviation's point ends none."""
-    found, start = [], 0
+    found, start, last = [], 0, len(text.rstrip())
     for match in _SENTENCE_END.finditer(text):
-        point = match.group().startswith(".")
-        head = text[start : match.start()]
-        if point and _ABBREVIATION.search(head) and match.end() < len(text.rstrip()):
+        point, end = match.group().startswith("."), match.start()
+        before = text[max(start, end - _LONGEST_ABBREVIATION) : end]
+        if point and match.end() < last and _ABBREVIATION.search(before):
             continue
-        if point and re.fullmatch(r"\s*\(?\d{1,3}", head):
-            continue  # the number of a list item
+        if point and _ITEM_NUMBER.fullmatch(text, start, end):
+            continue
         found.append((start, match.end()))
         start = match.end()
     return [

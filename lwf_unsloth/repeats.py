@@ -40,7 +40,7 @@ def find_repeat(text: str, verse: bool = False) -> Repeat | None:
     for part in parts(text):
         found += _stutters(part)
         if part.kind != "table":
-            found += _loops(part)
+            found += _loops(part, verse)
         found += _lines(part)
         if part.kind == "prose" and not verse:
             found += _sentences(part)
@@ -59,7 +59,7 @@ def _stutters(part: Part) -> list[Repeat]:
     ]
 
 
-def _loops(part: Part) -> list[Repeat]:
+def _loops(part: Part, verse: bool) -> list[Repeat]:
     """N-grams that follow each other directly."""
     marks = tokens(part.text)
     names = [name for name, _, _ in marks]
@@ -74,7 +74,8 @@ def _loops(part: Part) -> list[Repeat]:
             while run and first < i - period and not names[first][0].isalnum():
                 first, run = first + 1, run - 1  # a loop begins with a word
             times = run // period + 1
-            if times > 1 and _is_loop(names[first : first + period], times, part.kind):
+            fewest = 3 if verse else 2
+            if times >= fewest and _is_loop(names[first : first + period], times, part.kind):
                 unit = part.text[marks[first][1] : marks[first + period - 1][2]]
                 start, end = (
                     part.start + marks[first][1],

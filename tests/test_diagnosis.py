@@ -79,6 +79,19 @@ SOUND = [
     ("トレーニングプログラムを作ってください。", "月曜は走り、水曜は泳ぎ、金曜は休みます。"),
     ("バーコードを発明したのは誰ですか。", "ウッドランドとシルバーです。"),
     ("英語で「ありがとう」は何と言いますか。", "「Thank you」と言います。"),
+    ("Write a story with two characters.", "Tom met Ann at the market. They went home together."),
+    ("Explain each of them in two sentences.", "1. Sleep. It helps.\n2. Eat. It feeds.\n3. Walk."),
+    ("Add two sentences to the email.", "Dear Ann. I see how hard it was. We will help. Bye."),
+    ("Write the multiplication table of 3.", "3 x 1 = 3\n3 x 2 = 6\n3 x 3 = 9"),
+    ("Draw a table in ASCII.", "+---+---+\n| a | b |\n+---+---+\n| 1 | 2 |\n+---+---+"),
+    ("Write a regular expression for digits.", r"^\d+$"),
+    ("Make it an HTML table.", "<table>\n<tr>\n<td>3</td>\n</tr>\n</table>"),
+    ("Show code in Python.", "```python\nprint(1)\n````\n\nIt prints the number one."),
+    (
+        "Generate a rap.",
+        "Chorus:\nDream it big and dream it loud tonight\nIt is so\n\nI was small\n\n"
+        "Chorus:\nDream it big and dream it loud tonight\nIt is so",
+    ),
     ("What is U.S. GDP?", "The GDP of the U.S. is large. The GDP of Japan is smaller than that."),
 ]
 
@@ -86,6 +99,23 @@ SOUND = [
 @pytest.mark.parametrize(("prompt", "text"), SOUND)
 def test_what_only_looks_like_a_fault_is_none(prompt, text):
     assert str(diagnose(text, prompt, stop="eos")) == "no fault"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "text"),
+    [
+        (
+            "Write about the topic.",
+            "Video games and board games",
+            "Video games and board games are",
+        ),
+        ("Make it funny.", "He was about to give a speech", "He was about to give a speech on tea"),
+        ("Organize the sentences.", "He was a boy. He grew up.", "He was a boy. He grew up."),
+    ],
+)
+def test_an_answer_that_goes_on_from_its_input_is_no_echo(prompt, given, text):
+    assert "echo" not in diagnose(text, prompt, input=given, stop="eos").kinds
+    assert "echo" in diagnose(f"{given}.", "What is it about?", input=given, stop="eos").kinds
 
 
 def test_the_span_of_a_repetition_holds_exactly_what_is_repeated():
@@ -160,6 +190,7 @@ HARD = {
     "pipes": "| a " * 12_500,
     "backticks": "`" * 50_000,
     "points": "a." * 25_000,
+    "abbreviations": "a. " * 17_000,
     "numbers": "1. " * 17_000,
     "tags": "<a " * 17_000,
     "assignments": "x = foo(1)\n" * 4_500,
