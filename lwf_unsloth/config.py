@@ -8,6 +8,8 @@ from typing import Any
 
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.kl_budget import check_budget
+from lwf_unsloth.schedules import schedules_of
 
 prepare()
 
@@ -183,6 +185,20 @@ class LwFConfig(SFTConfig):
     """Weight of the KL term, >= 0. 0 without rehearsal rows is TRL's SFTTrainer exactly."""
     lwf_temperature: float = 1.0
     """Softmax temperature T > 0 of teacher and student; the KL is multiplied by T^2."""
+    lwf_lambda_schedule: str = "constant"
+    """Lambda over the run: "constant" is `lwf_lambda`; "linear:0->2" and "cosine:4->0.5" go from
+    the first value to the second, in place of `lwf_lambda`; "warmup:0.1" rises from 0 to
+    `lwf_lambda` over the first tenth of the steps."""
+    lwf_temperature_schedule: str = "constant"
+    """The same for the temperature; a warm-up begins at 1. Evaluations take `lwf_temperature`, so
+    that they can be compared."""
+    lwf_kl_budget: float | None = None
+    """Nats per token that the KL may take, above 0: lambda then moves by itself, from `lwf_lambda`
+    on, so that the KL of the tokens where it acts stays just under the budget. None is off."""
+    lwf_lambda_min: float = 0.05
+    """Least lambda that a budget gives, above 0."""
+    lwf_lambda_max: float = 100.0
+    """Most lambda that a budget takes; a KL above the budget there is told."""
     lwf_kl: str = "forward"
     """"forward" KL(teacher || student), "reverse" KL(student || teacher), "target_masked" (arXiv
     2605.29498)."""
@@ -296,6 +312,8 @@ def check_lwf(config: LwFConfig) -> None:
         )
     if config.lwf_kl not in LWF_KL:
         raise _refuse("lwf_kl", config.lwf_kl, f"one of {LWF_KL}", "no other direction is built")
+    schedules_of(config)
+    check_budget(config)
     _check_cache(config)
     _check_rehearsal(config)
     if config.train_on not in ("response", "all"):

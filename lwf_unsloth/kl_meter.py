@@ -52,6 +52,8 @@ class KLMeter(TrainerCallback):
     def of(cls, args: LwFConfig) -> "KLMeter":
         """The meter of a run's settings."""
         unknown = f"lwf_temperature={args.lwf_temperature:g}" * (args.lwf_temperature != 1)
+        moves = args.lwf_temperature_schedule != "constant"
+        unknown = f"lwf_temperature_schedule={args.lwf_temperature_schedule!r}" * moves or unknown
         unknown = unknown or f"lwf_kl={args.lwf_kl!r}" * (args.lwf_kl != "forward")
         return cls(args.lwf_stop_at_kl, unknown)
 

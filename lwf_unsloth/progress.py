@@ -44,3 +44,11 @@ class LwFProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def show_progress(trainer: Any) -> None:
+    """One bar with both terms, in place of a printed dict a step or a table of the sum alone."""
+    shown = [c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__]
+    for callback in shown:
+        trainer.remove_callback(callback)
+    trainer.add_callback(LwFProgress())

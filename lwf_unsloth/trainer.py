@@ -33,8 +33,9 @@ from lwf_unsloth.prechecks import (
     warn_warmup,
 )
 from lwf_unsloth.preflight import tell_memory
-from lwf_unsloth.progress import LwFProgress
+from lwf_unsloth.progress import show_progress
 from lwf_unsloth.rehearsal import RehearsalSampler
+from lwf_unsloth.strength import Strength
 from lwf_unsloth.teacher import Teacher, make_teacher
 from lwf_unsloth.teacher_cache import CachedTeacher
 from lwf_unsloth.train_data import ENCODED, RowEncoder, written_rehearsal
@@ -137,9 +138,11 @@ class LwFTrainer(SFTTrainer):
         if not self.plain:
             self.model_accepts_loss_kwargs = True  # the loss is divided here, not by the Trainer
         if not self.args.disable_tqdm:
-            _show_progress(self)
+            show_progress(self)
         self.kl_meter = KLMeter.of(self.args)
-        self.add_callback(self.kl_meter)
+        self.strength = Strength(self.args, self.accelerator)
+        for callback in (self.kl_meter, self.strength):
+            self.add_callback(callback)
         tell_memory(self.model, self.args, self.rows.dataset, self.lwf_rows)
         self._counts: Tensor | None = None
         self._meters = {"train": Meter(), "eval": Meter()}
@@ -256,10 +259,13 @@ class LwFTrainer(SFTTrainer):
         training = self.model.training and torch.is_grad_enabled()
         roles = self._roles(inputs, training)
         n_ce, n_kl = self._totals(roles, num_items_in_batch)
-        result = self.objective(
-            model, inputs, roles, n_ce, n_kl, self.lwf_lambda, self.lwf_temperature
-        )
+        used = self.lwf_lambda, self.lwf_temperature
+        if not training:  # evaluations are compared with each other: always the same measure
+            used = used[0], float(self.args.lwf_temperature)
+        result = self.objective(model, inputs, roles, n_ce, n_kl, *used)
         self._meters["train" if training else "eval"].add(result, roles)
+        if training:
+            self.strength.add(result, roles, used)
         loss = result.total * (self.accelerator.num_processes if training else 1)
         if not return_outputs:
             return loss
@@ -282,12 +288,12 @@ class LwFTrainer(SFTTrainer):
     @property
     def lwf_lambda(self) -> float:
         """Weight of the KL term at this step."""
-        return float(self.args.lwf_lambda)
+        return self.strength.at(self.state)[0]
 
     @property
     def lwf_temperature(self) -> float:
         """Temperature at this step."""
-        return float(self.args.lwf_temperature)
+        return self.strength.at(self.state)[1]
 
     # ------------------------------------------------------- evaluation and log
 
@@ -329,6 +335,7 @@ class LwFTrainer(SFTTrainer):
             )
         elif "loss" in logs:
             logs.update(self._meters["train"].take(self.accelerator) or {"task_loss": logs["loss"]})
+            logs.update(self.strength.logged())
         super().log(logs, start_time)
 
     # ------------------------------------------------------- run and checkpoints
@@ -368,12 +375,14 @@ class LwFTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)
         save_teacher(self.teacher, folder)
+        self.strength.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter, and the teacher of the interrupted run."""
         tell_missing(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_teacher(self.teacher, Path(resume_from_checkpoint))
+        self.strength.load(Path(resume_from_checkpoint))
 
 
 def _restore_precision(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -386,11 +395,3 @@ def _restore_precision(model: nn.Module, before: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in before and parameter.dtype != before[name].dtype:
             parameter.data = before[name].to(parameter.device)
-
-
-def _show_progress(trainer: Any) -> None:
-    """One bar with both terms, in place of a printed dict a step or a table of the sum alone."""
-    shown = [c for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__]
-    for callback in shown:
-        trainer.remove_callback(callback)
-    trainer.add_callback(LwFProgress())
