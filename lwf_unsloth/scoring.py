@@ -26,7 +26,7 @@ from lwf_unsloth.locks import kept_state, model_lock
 from lwf_unsloth.objective import Objective, probe_tokens
 from lwf_unsloth.records import encode_rows
 from lwf_unsloth.switches import dropout_off
-from lwf_unsloth.teacher import OwnTeacher, Teacher
+from lwf_unsloth.teacher import ModelTeacher, OwnTeacher, Teacher
 from lwf_unsloth.templates import get_template
 from lwf_unsloth.token_stats import BINS, TokenStats, calibration_error, token_stats
 
@@ -135,7 +135,7 @@ def score(
         model: From `load_model`, trained or not; left as it was found.
         tokenizer: Its tokenizer, which carries the prompt template.
         rows: Alpaca or text rows (Dataset or list of dicts).
-        max_length: Tokens a row, no more than the model was loaded for; longer rows lose their
+        max_length: Tokens a row, no more than the models were loaded for; longer rows lose their
             tail, counted in `settings["cut"]`.
         batch_size: Rows at a time; for speed and memory, the numbers stay.
         response_only: Score the answer (and its EOS) alone, or the prompt too. Text rows are
@@ -158,10 +158,16 @@ def score(
             f'base is {base!r}, but must be "adapter_off", a teacher (make_teacher) or None: '
             "nothing else says which model to compare with."
         )
+    if base is not None and not isinstance(base, str) and not hasattr(base, "head"):
+        raise ConfigError(
+            f"base is a {type(base).__name__}, but must be a teacher: only that is checked to have "
+            "the same vocabulary. Take base=make_teacher(model, teacher=other_model)."
+        )
     prepare()
     if isinstance(base, str):
         _check_off(model)
-    max_length = _within(model, max_length)
+    for one in (model, base.model if isinstance(base, ModelTeacher) else None):
+        max_length = _within(one, max_length)
     dataset, report = encode_rows(
         tokenizer, rows, max_length=max_length, train_on="response" if response_only else "all"
     )

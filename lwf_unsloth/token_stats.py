@@ -37,7 +37,7 @@ class Side:
             owner: (N,) row of each token.
             rows: How many rows there are.
         """
-        bins = (self.confidence * BINS).long().clamp(max=BINS - 1)
+        bins = (self.confidence * BINS).nan_to_num(0.0).long().clamp(0, BINS - 1)  # NaN has no bin
         total = torch.zeros(rows * BINS, dtype=torch.float64, device=owner.device)
         apart = (self.confidence.double() - self.correct.double()).to(owner.device)
         return total.index_add_(0, owner * BINS + bins.to(owner.device), apart).view(rows, BINS)

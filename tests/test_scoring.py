@@ -298,6 +298,25 @@ def test_an_adapter_whose_off_is_not_the_base_is_refused_and_a_teacher_is_taken(
     assert score(model, tokenizer, rows, base=None).kl is None
 
 
+def test_rows_are_cut_at_what_a_second_model_was_loaded_for_too(tiny_peft):
+    from lwf_unsloth.teacher import make_teacher
+
+    model, tokenizer = tiny_peft()
+    other, _ = tiny_peft()
+    other.max_seq_length = 30
+    rows = [{"text": "the river and the fox and the bank " * 10}]
+    found = score(model, tokenizer, rows, base=make_teacher(model, other))
+    assert found.settings["max_length"] == 30 and found.settings["cut"] == 1
+    with pytest.raises(ConfigError, match="make_teacher"):
+        score(model, tokenizer, rows, base=other)
+
+
+def test_a_model_that_gives_nan_breaks_no_bin():
+    nan = torch.tensor([float("nan"), 0.5])
+    gaps = Side(nan, nan, torch.ones(2)).gaps(torch.tensor([0, 1]), 2)
+    assert gaps.isnan().tolist()[0][0] and gaps[1].sum() == -0.5
+
+
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": True}, {"base": "none"}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
