@@ -28,6 +28,8 @@ NEEDED = 8
 """Answers of either kind that a form can be learned from."""
 OUTLIERS = 0.02
 """Share of the base's general answers that may be in the form: a prompt may ask for it."""
+MOST = 2000
+"""Answers of either kind that a form is learned from, evenly spaced: more only cost memory."""
 STRONGEST = 3
 """Signs of a kind that count."""
 CLOSE = 0.7
@@ -124,6 +126,7 @@ def learn_form(task: Sequence[str], general: Sequence[str]) -> Form | None:
     """
     if min(len(task), len(general)) < NEEDED:
         return None
+    task, general = _spaced(task), _spaced(general)
     ours, theirs = ([_signs(text) for text in texts] for texts in (task, general))
     scale = _scale(ours, theirs)
     found = sorted(map(scale.score, ours))
@@ -136,6 +139,13 @@ def learn_form(task: Sequence[str], general: Sequence[str]) -> Form | None:
             near = partial(_reaches, scale, 0.0 if scale.must_open else CLOSE * needed)
             return Form(f"learned: {scale}", fires, learned=True, near=near)
     return None
+
+
+def _spaced(texts: Sequence[str]) -> Sequence[str]:
+    """At most `MOST` of the texts, evenly spaced."""
+    if len(texts) <= MOST:
+        return texts
+    return [texts[i * len(texts) // MOST] for i in range(MOST)]
 
 
 def any_form(forms: Sequence[Form]) -> Form | None:

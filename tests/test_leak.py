@@ -176,3 +176,17 @@ def test_several_tasks_have_several_forms():
     assert both.flags(["select a from b where c = 1", "def f(x):\n    return x + 1"]) == (1.0, 1.0)
     assert not both("Sleep is important.")
     assert any_form(forms[:1]) is forms[0] and any_form([]) is None
+
+
+def test_a_form_of_many_rows_is_learned_from_some_of_them():
+    read = []
+
+    class Counted(list):
+        def __getitem__(self, place):
+            read.append(place)
+            return super().__getitem__(place)
+
+    task = Counted(f"select name from t{i} where id = {i}" for i in range(50_000))
+    form = learn_form(task, [f"Well, it depends on {i} things." for i in range(20)])
+    assert form("select age from t where id = 3") and not form("Well, no.")
+    assert len(read) == 2000 and max(read) > 49_000
