@@ -7,6 +7,7 @@ keeps to nothing.
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def _occurrences(text: str, word: str) -> int:
 
 def _numbered(text: str, count: int) -> bool:
     """Items numbered 1, 2, ... up to `count`, in this order."""
-    return [int(n) for n in _NUMBERED.findall(text)] == list(range(1, count + 1))
+    found = [unicodedata.normalize("NFKC", n).lstrip("0") for n in _NUMBERED.findall(text)]
+    return found == [str(n) for n in range(1, count + 1)]  # as text: int() refuses 4301 digits
 
 
 def _table(text: str, columns: int, rows: int) -> bool:
@@ -124,7 +126,7 @@ def _json(text: str, keys: Sequence[str] | None = None, items: int | None = None
     fenced = _FENCED.match(text)
     try:
         value = json.loads(fenced[1] if fenced else text)
-    except ValueError:
+    except (ValueError, RecursionError):  # "[[[[..." without end
         return False
     if keys is not None:
         return isinstance(value, dict) and set(value) == set(keys)

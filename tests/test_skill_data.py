@@ -286,3 +286,16 @@ ANSWERS = {
 def test_a_right_answer_keeps_all_constraints_of_its_prompt(key):
     row = instruction_rows()[key - 1]
     assert score_answer(ANSWERS[key], row["checks"]) == [True] * len(row["checks"]), row
+
+
+@pytest.mark.parametrize(
+    ("answer", "check"),
+    [
+        ("[" * 100_000, {"kind": "json", "items": 3}),
+        ("1" * 5000 + ". x", {"kind": "numbered", "count": 1}),
+    ],
+)
+def test_an_endless_answer_fails_its_constraint_and_not_the_benchmark(answer, check):
+    assert keeps(answer, check) is False
+    assert keeps("1. x\n2. y", {"kind": "numbered", "count": 2})
+    assert keeps("１. x", {"kind": "numbered", "count": 1})
