@@ -113,7 +113,7 @@ def read_scores(asked: dict[str, list[str]], found: dict[str, Any]) -> Iterator[
                 "paired: this task draws its items or examples anew each time."
             )
         for metric in next(iter(items.values())):
-            sides = {side: given[metric] for side, given in items.items()}
+            sides = {side: given.get(metric, {}) for side, given in items.items()}
             ids = list(next(iter(sides.values())))
             if any(list(values) != ids for values in sides.values()):
                 raise ModelError(

@@ -548,6 +548,16 @@ def test_items_with_other_prompts_are_not_paired():
         list(read_scores({"t": ["t"]}, {"base": result("a"), "tuned": result("b")}))
 
 
+def test_a_model_without_a_finite_value_is_said_to_be_unpaired():
+    def result(value):
+        sample = {"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": value}
+        told = {"higher_is_better": {"t": {"acc": True}}, "n-shot": {"t": 0}}
+        return told | {"samples": {"t": [sample | {"prompt_hash": "a"}]}}
+
+    with pytest.raises(ModelError, match="finite acc under one model alone"):
+        list(read_scores({"t": ["t"]}, {"base": result(1.0), "tuned": result(float("nan"))}))
+
+
 @pytest.mark.slow
 def test_all_subjects_of_mmlu_are_one_score_over_all_items(loaded, local_hub):
     scores = evaluate_benchmarks(*loaded, ["mmlu", "mmlu_anatomy"], limit=1)
