@@ -9,7 +9,7 @@ from typing import Any
 
 from lwf_unsloth.answers import Generations
 from lwf_unsloth.errors import DataError
-from lwf_unsloth.rows import normalised
+from lwf_unsloth.rows import RIGHT, as_text, normalised
 
 Metric = Callable[[str, Mapping[str, Any]], float]
 """A user's own measure: (answer, row) -> a number, usually 0 to 1; higher is better."""
@@ -51,7 +51,7 @@ def answer_values(
     right: list[float] = []
     if metric is not None:
         for number, (answer, row) in enumerate(zip(answers, rows, strict=True), 1):
-            right.append(_number(metric(answer.text, row), number))
+            right.append(metric_value(metric, answer.text, row, number))
     return AnswerValues(
         tuple(right),
         tuple(float(answer.stop == "eos") for answer in answers),
@@ -61,7 +61,7 @@ def answer_values(
 
 def usual_metric(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Metric]:
     """Name and metric that the rows call for: the fact they name, else an exact match."""
-    if rows and all(_plain(row.get("answer_contains") or "") for row in rows):
+    if rows and all(_fact(row) for row in rows):
         return "facts found", holds_fact
     return "exact match", exact_match
 
@@ -73,7 +73,7 @@ def exact_match(answer: str, row: Mapping[str, Any]) -> float:
 
 def holds_fact(answer: str, row: Mapping[str, Any]) -> float:
     """1 where the answer holds the row's `answer_contains`, whatever the case and line breaks."""
-    return float(_plain(row["answer_contains"]) in _plain(answer))
+    return float(_fact(row) in _plain(answer))
 
 
 def plain_answer(text: str) -> str:
@@ -114,7 +114,7 @@ def facts_found(answers: Generations, rows: Sequence[Mapping[str, Any]]) -> floa
         DataError: Answers and rows do not belong together, or a row names no fact.
     """
     _belong_together(answers, rows)
-    missing = [i for i, row in enumerate(rows, 1) if not _plain(row.get("answer_contains") or "")]
+    missing = [i for i, row in enumerate(rows, 1) if not _fact(row)]
     if missing:
         raise DataError(
             f"Rows {missing[:10]} have no `answer_contains`, so what a right answer holds is not "
@@ -132,7 +132,13 @@ def _belong_together(answers: Generations, rows: Sequence[Mapping[str, Any]]) ->
         )
 
 
-def _number(value: Any, number: int) -> float:
+def metric_value(metric: Metric, answer: str, row: Mapping[str, Any], number: int) -> float:
+    """What a metric says of an answer.
+
+    Raises:
+        DataError: No finite number; `number` names the row.
+    """
+    value: Any = metric(answer, row)
     try:
         found = float(value)
     except (TypeError, ValueError):
@@ -143,6 +149,17 @@ def _number(value: Any, number: int) -> float:
             "(or True / False) for every answer, also for an empty one."
         )
     return found
+
+
+def _fact(row: Mapping[str, Any]) -> str:
+    """The fact that a row names, as `_plain` has it; "" where it names none."""
+    value = row.get(RIGHT)
+    if isinstance(value, (list, tuple, Mapping)):
+        raise DataError(
+            f"`{RIGHT}` is {value!r:.60}, but must be one text (or number) that a right answer "
+            "contains. Where several will do, give a metric of your own: EvalSet(rows, metric=...)."
+        )
+    return _plain(as_text(value)[0])
 
 
 def _plain(text: str) -> str:

@@ -1,14 +1,14 @@
 """The sets of an evaluation, checked: which rows are scored, which prompts are answered."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lwf_unsloth.answer_scores import Metric, usual_metric
+from lwf_unsloth.answer_scores import Metric, metric_value, usual_metric
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.load_report import number_list
 from lwf_unsloth.locks import innermost
-from lwf_unsloth.records import prompt_ids
+from lwf_unsloth.records import prompt_ids, row_kind
 from lwf_unsloth.rows import as_rows, is_text_row, row_key
 
 
@@ -97,12 +97,27 @@ def ready_sets(
 
 
 def _rows(name: str, given: EvalSet, limit: int) -> list[Mapping[str, Any]]:
-    rows = list(as_rows(given.rows, f"rows of set {name!r}"))
+    rows = checked_rows(given.rows, f"rows of set {name!r}")
     if not rows:
         raise DataError(f"The set {name!r} has no rows: there is nothing to measure on it.")
     if given.limit is not None:
         check_count(f"limit of set {name!r}", given.limit)
     return _spaced(rows, given.limit or limit)
+
+
+def checked_rows(given: Any, what: str) -> list[Mapping[str, Any]]:
+    """All rows, each an Alpaca or a text row.
+
+    Raises:
+        DataError: One is neither; told before any model work, with its place and its set.
+    """
+    rows = list(as_rows(given, what))
+    for number, row in enumerate(rows, 1):
+        try:
+            row_kind(row, number)
+        except DataError as error:
+            raise DataError(f"The {what}: {error}") from error
+    return rows
 
 
 def _kind(name: str, given: EvalSet, is_task: bool, rows: list[Mapping[str, Any]]) -> str:
@@ -126,6 +141,8 @@ def _ready(
     right_by, metric = "", given.metric
     if metric is not None:
         right_by = str(getattr(metric, "__name__", "metric")).replace("_", " ")
+        if asked:  # what fails would else do so after all the scoring
+            metric_value(metric, "", asked[0], 1)
     elif kind == "task" and asked:
         right_by, metric = usual_metric(asked)
     return Ready(name, kind, rows, asked, right_by, metric, given.response_only)
@@ -138,18 +155,28 @@ def _spaced(rows: list[Any], limit: int) -> list[Any]:
     return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
-def overlap(one: Ready, train_rows: Any) -> list[str]:
-    """A note where rows of a set stand among those trained on."""
-    if train_rows is None:
-        return []
-    known = {row_key(row) for row in as_rows(train_rows, "training rows")}
-    repeated = [number for number, row in enumerate(one.rows, 1) if row_key(row) in known]
+def overlap(one: Ready, known: Collection[tuple[str, ...]]) -> list[str]:
+    """Notes where rows of a set stand among those trained on (`row_key` of each), or twice."""
+    keys = [row_key(row) for row in one.rows]
+    first: dict[tuple[str, ...], int] = {}
+    for number, key in enumerate(keys, 1):
+        first.setdefault(key, number)
+    twice = [number for number, key in enumerate(keys, 1) if first[key] < number]
+    notes = []
+    if twice:
+        notes.append(
+            f"{len(twice)} of {len(keys)} rows of {one.name!r} repeat an earlier one "
+            f"({number_list(twice)}): each counts as a row of its own, so the intervals are too "
+            "narrow. Leave repeats out."
+        )
+    repeated = [number for number, key in enumerate(keys, 1) if key in known]
     if not repeated:
-        return []
+        return notes
     return [
+        *notes,
         f"{len(repeated)} of {len(one.rows)} rows of {one.name!r} stand among the training rows "
         f"too ({number_list(repeated)}): on them a model that knows them by heart looks good. "
-        "Measure on rows that were held out."
+        "Measure on rows that were held out.",
     ]
 
 
@@ -168,15 +195,21 @@ def fitting(
     limits += [loaded] if isinstance(loaded, int) else []
     found, notes = [], []
     for one in ready:
+        named = [row for row in one.asked if row["instruction"].strip()]
+        if len(named) < len(one.asked):
+            notes.append(
+                f"{len(one.asked) - len(named)} of {len(one.asked)} prompts of {one.name!r} are "
+                "left unanswered: their instruction is empty."
+            )
         kept = [
             row
-            for row in one.asked
+            for row in named
             if len(prompt_ids(tokenizer, row["instruction"], row.get("input") or ""))
             <= min(limits, default=float("inf"))
         ]
-        if len(kept) < len(one.asked):
+        if len(kept) < len(named):
             notes.append(
-                f"{len(one.asked) - len(kept)} of {len(one.asked)} prompts of {one.name!r} are "
+                f"{len(named) - len(kept)} of {len(one.asked)} prompts of {one.name!r} are "
                 f"left unanswered: with {max_new_tokens} new tokens they do not fit the model's "
                 f"context of {min(limits)} tokens."
             )

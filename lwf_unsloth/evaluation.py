@@ -6,27 +6,40 @@ answers in the new task's form. Answers cost most of the time, so a limited numb
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from time import monotonic
 from typing import Any
 
 from lwf_unsloth.answer_scores import answer_values
 from lwf_unsloth.answers import Generations
 from lwf_unsloth.backend import device_name, on_cuda, prepare, versions
-from lwf_unsloth.eval_sets import EvalSet, Ready, check_count, fitting, overlap, ready_sets
+from lwf_unsloth.errors import DataError, ModelError
+from lwf_unsloth.eval_sets import (
+    EvalSet,
+    Ready,
+    check_count,
+    checked_rows,
+    fitting,
+    overlap,
+    ready_sets,
+)
 from lwf_unsloth.generation import generate
 from lwf_unsloth.leak import Form, FormLike, any_form, given_form, learn_form
 from lwf_unsloth.locks import model_lock
-from lwf_unsloth.rows import as_rows, is_text_row
+from lwf_unsloth.rows import is_text_row, row_key
 from lwf_unsloth.scores import Scores, SetScores
-from lwf_unsloth.scoring import score
+from lwf_unsloth.scoring import Score, score
 from lwf_unsloth.teacher import ModelTeacher, OwnTeacher, Teacher
 
 __all__ = ["EvalSet", "evaluate"]
 logger = logging.getLogger(__name__)
 
 LEARNED = "learned"
+PATIENCE = 2.0
+"""Minutes that a user waits without being told."""
 
 
 def evaluate(
@@ -77,33 +90,31 @@ def evaluate(
     Raises:
         ConfigError: A setting out of range.
         DataError: A set without usable rows.
-        ModelError: The model is in use by another thread.
+        ModelError: The model is in use by another thread, or gives no finite numbers.
     """
     prepare()
     answers_limit = (64 if on_cuda() else 16) if answers_limit is None else answers_limit
-    for name, value in (("limit", limit), ("answers_limit", answers_limit)):
+    counts = {"limit": limit, "answers_limit": answers_limit, "max_new_tokens": max_new_tokens}
+    for name, value in (
+        counts | ({} if batch_size is None else {"batch_size": batch_size})
+    ).items():
         check_count(name, value)
     form = None if leak in (None, LEARNED) else given_form(leak)
+    if form is not None:
+        form("")  # a function that fails would else do so after all the scoring
     with_leak = form is not None or (leak == LEARNED and base is not None)
     asked = answers_limit if answers else 0
     form_known = form is not None or train_rows is not None
     ready = ready_sets(sets, task, limit, asked, with_leak, form_known)
-    notes = [note for one in ready for note in overlap(one, train_rows)]
+    train_rows = None if train_rows is None else checked_rows(train_rows, "training rows")
+    known = {row_key(row) for row in train_rows or ()}
+    notes = [note for one in ready for note in overlap(one, known)]
     ready, told = fitting(ready, model, tokenizer, max_new_tokens)
     notes += told
     with model_lock(model, "evaluating"):
-        scored = {
-            one.name: score(
-                model,
-                tokenizer,
-                one.rows,
-                max_length=max_length,
-                batch_size=batch_size or (32 if on_cuda() else 8),
-                response_only=one.response_only,
-                base=base,
-            )
-            for one in ready
-        }
+        size = batch_size or (32 if on_cuda() else 8)
+        scored = _score_all(ready, model, tokenizer, max_length, size, base)
+        notes += [note for one in ready for note in _unscored(one, scored[one.name])]
         written = _answers(model, tokenizer, ready, base, max_new_tokens, batch_size)
     if leak == LEARNED:
         form, told = _learn(ready, written, train_rows)
@@ -124,6 +135,75 @@ def evaluate(
         "versions": versions(),
     }
     return Scores(found, settings, tuple(notes), label)
+
+
+def _score_all(
+    ready: list[Ready],
+    model: Any,
+    tokenizer: Any,
+    max_length: int | None,
+    batch_size: int,
+    base: Teacher | str | None,
+) -> dict[str, Score]:
+    """The score of each set; says after the first how long the others will take, if long."""
+    found: dict[str, Score] = {}
+    start = monotonic()
+    for one in ready:
+        try:
+            found[one.name] = score(
+                model,
+                tokenizer,
+                one.rows,
+                max_length=max_length,
+                batch_size=batch_size,
+                response_only=one.response_only,
+                base=base,
+            )
+        except DataError as error:
+            raise DataError(f"Set {one.name!r}: {error}") from error
+        _check_finite(one.name, found[one.name])
+        if len(found) == 1:
+            left = sum(len(other.rows) for other in ready[1:]) / len(one.rows)
+            minutes = left * (monotonic() - start) / 60
+            if minutes > PATIENCE:
+                logger.warning(
+                    "evaluate: about %.0f minutes more for the other sets, beside the answers; a "
+                    "smaller limit shortens it.",
+                    minutes,
+                )
+    return found
+
+
+def _check_finite(name: str, scored: Score) -> None:
+    """Raises a ModelError where a model gives NaN: every mean over the set would be NaN."""
+    sides = {"tuned model": scored.row_nll, "base": scored.row_base_nll or ()}
+    for side, sums in sides.items():
+        bad = [number for number, one in enumerate(sums, 1) if not math.isfinite(one)]
+        if bad:
+            raise ModelError(
+                f"The {side} gives no finite loss on {len(bad)} of {len(sums)} rows of set "
+                f"{name!r} (the first is row {bad[0]}), so nothing can be measured. The training "
+                "diverged, or the model overflows in its precision: load an earlier checkpoint, "
+                "lower the learning rate, or load the model in another dtype."
+            )
+
+
+def _unscored(one: Ready, scored: Score) -> list[str]:
+    """Notes on rows that were not scored, or not to their end."""
+    cut, dropped = (scored.settings.get(name) or 0 for name in ("cut", "dropped"))
+    limit, rows = scored.settings.get("max_length"), f"of {len(one.rows)} rows of {one.name!r}"
+    notes = []
+    if cut:
+        notes.append(
+            f"{cut} {rows} are scored without their end: they were cut when they were written, or "
+            f"are longer than max_length={limit}."
+        )
+    if dropped:
+        notes.append(
+            f"{dropped} {rows} are not scored: they have no token to score within "
+            f"max_length={limit}."
+        )
+    return notes
 
 
 def _answers(
@@ -185,7 +265,7 @@ def _learn(
         return None, []
     tasks = {one.name: one.rows for one in ready if one.kind == "task"}
     if train_rows is not None:
-        tasks = {"training rows": list(as_rows(train_rows, "training rows"))}
+        tasks = {"training rows": train_rows}
     forms, notes = [], []
     for name, rows in tasks.items():
         task = [row["output"] for row in rows if not is_text_row(row)]

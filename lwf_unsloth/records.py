@@ -42,6 +42,7 @@ __all__ = [
     "get_template",
     "is_text_row",
     "prompt_ids",
+    "row_kind",
     "set_template",
 ]
 
@@ -249,7 +250,7 @@ class _Encoder:
     def encode(self, rows: list[Mapping[str, Any]], first: int) -> list[EncodedRow]:
         """The rows in their order; `first` is the number of the first in messages."""
         heads: list[list[int]] = [[] for _ in rows]
-        kinds = [_kind(row, number) for number, row in enumerate(rows, start=first)]
+        kinds = [row_kind(row, number) for number, row in enumerate(rows, start=first)]
         alpaca = [place for place, kind in enumerate(kinds) if kind == "alpaca"]
         texts = [place for place, kind in enumerate(kinds) if kind == "text"]
         pairs = [(rows[place]["instruction"], rows[place].get("input") or "") for place in alpaca]
@@ -283,7 +284,7 @@ class _Encoder:
         return EncodedRow(input_ids, labels, cut, supervised, min(len(head), len(input_ids)))
 
 
-def _kind(row: Mapping[str, Any], number: int) -> str:
+def row_kind(row: Mapping[str, Any], number: int) -> str:
     """Which kind a row is, "alpaca" or "text"; every field that will be used is text.
 
     Raises:

@@ -39,15 +39,15 @@ class ResultTable:
 
     def to_text(self) -> str:
         """For a terminal: columns aligned."""
-        lines = [tuple(shown(cell) for cell in line) for line in (self.heads, *self.rows)]
+        lines = [tuple(map(_one_line, line)) for line in (self.heads, *self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.heads))]
         body = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
         rule = "  ".join("-" * width for width in widths)
-        notes = [f"! {shown(note)}" for note in self.notes]
-        caption = [shown(self.caption)] if self.caption else []
+        notes = [f"! {_one_line(note)}" for note in self.notes]
+        caption = [_one_line(self.caption)] if self.caption else []
         return "\n".join([*caption, body[0], rule, *body[1:], *notes])
 
     def to_markdown(self) -> str:
@@ -75,6 +75,11 @@ class ResultTable:
             f'<caption>{html_text(self.caption)}</caption><thead><tr class="lwf-nr">{heads}</tr>'
             f"</thead><tbody>{''.join(rows)}</tbody></table>{notes}</div>"
         )
+
+
+def _one_line(text: str) -> str:
+    """A cell for a terminal: a line break in a name would tear the columns apart."""
+    return " ".join(shown(text).split("\n"))
 
 
 def figure(value: float | None, unit: str, signed: bool = False) -> str:

@@ -10,7 +10,7 @@ import torch
 import lwf_unsloth.evaluation as evaluation
 from lwf_unsloth.answers import Answer, Generations
 from lwf_unsloth.decoding import Decoding
-from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.eval_sets import EvalSet
 from lwf_unsloth.evaluation import evaluate
 from lwf_unsloth.generation import generate
@@ -296,6 +296,97 @@ def test_a_prompt_too_long_for_an_answer_is_left_out_and_told(tiny_peft, alpaca_
     assert len(found["task"].answers["tuned"]) == 2
     assert found["task"].score.rows == 2, "its answer lies beyond what the model was loaded for"
     assert "1 of 3 prompts of 'task' are left unanswered" in found.notes[0]
+
+
+def test_rows_that_are_cut_unscored_or_repeated_are_told(tiny_peft, alpaca_rows):
+    rows = alpaca_rows(4)
+    long = [{**rows[0], "output": "fox " * 900}, {**rows[1], "instruction": "fox " * 900}]
+    found = evaluate(*tiny_peft(), {"a": [*rows, *long, rows[2]]}, answers=False, max_length=128)
+    told = " ".join(found.notes)
+    assert "1 of 7 rows of 'a' repeat an earlier one" in told
+    assert "1 of 7 rows of 'a' are scored without their end" in told
+    assert "1 of 7 rows of 'a' are not scored" in told and "max_length=128" in told
+
+
+def test_broken_rows_are_named_with_their_set_and_place_before_any_work(tiny_peft, alpaca_rows):
+    model, tokenizer = tiny_peft()
+    rows = alpaca_rows(9)
+    model.get_base_model().register_forward_hook(lambda *_: pytest.fail("work was done"))
+    for broken in ({"instruction": None, "output": "x"}, {"instruction": "x"}, {"text": 3}):
+        sets = {"a": rows, "b": [*rows, broken]}
+        with pytest.raises(DataError, match="set 'b': Row 10"):
+            evaluate(model, tokenizer, sets, limit=3)
+    encoded = [{"input_ids": [1, 2], "labels": [1, 2]}]
+    with pytest.raises(DataError, match="training rows: Row 1"):
+        evaluate(model, tokenizer, {"a": rows}, train_rows=encoded)
+
+
+def test_what_would_fail_after_minutes_of_scoring_fails_before(tiny_peft, alpaca_rows, monkeypatch):
+    model, tokenizer = tiny_peft()
+    rows = alpaca_rows(3)
+    monkeypatch.setattr(evaluation, "score", lambda *a, **k: pytest.fail("scored"))
+
+    def metric(answer, row):
+        return row["no such column"]
+
+    with pytest.raises(KeyError, match="no such column"):
+        evaluate(model, tokenizer, {"a": EvalSet(rows, metric=metric)})
+    with pytest.raises(IndexError):
+        evaluate(model, tokenizer, {"a": rows}, leak=lambda answer: answer[0] == "x")
+    for wrong in ({"max_new_tokens": 0}, {"max_new_tokens": "9"}, {"batch_size": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            evaluate(model, tokenizer, {"a": rows}, **wrong)
+
+
+def test_a_set_whose_rows_are_all_too_long_is_named(tiny_peft, alpaca_rows):
+    long = [{"instruction": "fox " * 900, "output": "y"}]
+    with pytest.raises(DataError, match="Set 'long': All 1 rows"):
+        evaluate(*tiny_peft(), {"a": alpaca_rows(2), "long": long}, answers=False)
+
+
+def test_a_prompt_without_an_instruction_is_scored_and_not_asked(tiny_peft, alpaca_rows):
+    rows = [*alpaca_rows(2), {"instruction": " ", "input": "the fox", "output": "Yes."}]
+    found = evaluate(*tiny_peft(), {"a": rows}, **QUICK)
+    assert found["a"].score.rows == 3 and len(found["a"].answers["tuned"]) == 2
+    assert "instruction is empty" in found.notes[0]
+
+
+def test_facts_that_are_numbers_are_found(tiny_peft, monkeypatch):
+    fake_answers(monkeypatch, lambda label, prompt: "It has 0 or 42 legs.")
+    rows = [{"instruction": f"q{n}", "output": "x", "answer_contains": n} for n in (0, 42, 43)]
+    found = evaluate(*tiny_peft(), {"a": rows})["a"]["right"]
+    assert found.name == "facts found" and found.tuned.value == pytest.approx(2 / 3)
+    with pytest.raises(DataError, match="one text"):
+        evaluate(*tiny_peft(), {"a": [{**rows[0], "answer_contains": ["0", "42"]}]})
+
+
+def test_training_rows_may_come_from_a_generator(tiny_peft, sets):
+    train = (row for row in sets["general"])
+    found = evaluate(*tiny_peft(), sets, train_rows=train, answers=False)
+    assert "5 of 5 rows of 'general'" in found.notes[0]
+
+
+def test_a_diverged_model_is_said_to_be_one(tiny_peft, sets):
+    model, tokenizer = tiny_peft()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(float("nan"))
+    assert score(model, tokenizer, sets["task"]).nll != score(model, tokenizer, sets["task"]).nll
+    with pytest.raises(ModelError, match="tuned model gives no finite loss on 6 of 6 rows.*'task'"):
+        evaluate(model, tokenizer, sets)
+
+
+def test_a_long_wait_is_told(tiny_peft, sets, monkeypatch, caplog):
+    times = iter([0.0, 240.0])
+    monkeypatch.setattr(evaluation, "monotonic", lambda: next(times))
+    evaluate(*tiny_peft(), sets, answers=False)
+    assert "about 7 minutes more" in caplog.text  # 11 rows after the 6 that took 4 minutes
+
+
+def test_a_line_break_in_a_name_tears_no_table_apart(tiny_peft):
+    found = evaluate(*tiny_peft(), {"two\nlines": TEXTS}, answers=False)
+    assert "\ntwo lines  NLL" in str(found)
 
 
 @pytest.mark.parametrize(
