@@ -55,14 +55,10 @@ class Line:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        plain = {key: value for key, value in vars(self).items() if not _is_interval(value)}
         parts = {name: getattr(self, name) for name in ("gain", "forgetting", "transfer")}
+        plain = {key: value for key, value in vars(self).items() if key not in parts}
         numbers = {name: None if part is None else part.to_dict() for name, part in parts.items()}
         return {**plain, "levels": list(self.levels), **numbers}
-
-
-def _is_interval(value: Any) -> bool:
-    return value is None or isinstance(value, Interval)
 
 
 @dataclass(frozen=True, repr=False)
@@ -289,6 +285,8 @@ def _line(
     if len(columns) < len(found) or len({columns_of[1] for columns_of in columns}) > 1:
         return None
     if measure != "nll" and len({_asked(one) for one in ones}) > 1:
+        return None
+    if measure == "right" and len({one.right_by for one in ones}) > 1:
         return None
     if measure == "leak" and len({_leak_rule(one, name) for one in scores}) > 1:
         return None

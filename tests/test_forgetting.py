@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -116,6 +117,25 @@ def test_leaks_by_different_forms_are_not_compared():
     assert same["g", "leak"].levels == pytest.approx((0, 0.1, 0.1))
     with pytest.raises(KeyError):
         forgetting_report(stage("x"), stage("y"), tasks=["a", "a"])["g", "leak"]
+
+
+def test_right_answers_by_different_metrics_are_not_compared():
+    def stage(metric):
+        one = one_set("a", "task", 3, 1, right=(0, 9))
+        return scores(replace(one, right_by=metric))
+
+    same = forgetting_report(stage("exact match"), stage("exact match"), tasks=["a", "a"])
+    assert same["a", "right"].levels == pytest.approx((0, 9 / N, 9 / N))
+    with pytest.raises(KeyError):
+        forgetting_report(stage("exact match"), stage("facts found"), tasks=["a", "a"])[
+            "a", "right"
+        ]
+
+
+def test_every_line_of_the_file_has_the_same_keys():
+    lines = forgetting_report(one_training()).to_dict()["lines"]
+    assert len({tuple(line) for line in lines}) == 1
+    assert [line["learned_at"] for line in lines] == [1, 1, None, None]
 
 
 def test_what_improved_was_not_forgotten():
