@@ -27,9 +27,9 @@ SMOOTHING = 0.8
 """Share of the smoothed KL that stays at each step: about the last 5 steps count."""
 INTEGRAL = 0.06
 PROPORTIONAL = 0.8
-E_LEAST, E_MOST = -1.0, 2.0
-"""Bounds of the error: a KL of 0, as at the first step, moves lambda no more than one that is e
-times too low. A KL that is far too high moves it faster: forgetting is what is guarded against."""
+E_LEAST, E_MOST = -0.4, 2.0
+"""Bounds of the error. Down it is held tightly, since every run begins at a KL of 0, which says
+nothing yet about the lambda; a KL that is far too high may move it fast."""
 PATIENCE = 20
 """Steps at the upper bound and above the budget after which that is said."""
 
