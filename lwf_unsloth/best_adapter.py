@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from lwf_unsloth.adapters import save_adapter
 from lwf_unsloth.backend import prepare
+from lwf_unsloth.cache_parts import write_whole
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.scoring import score
 from lwf_unsloth.teacher import make_teacher
@@ -155,12 +156,16 @@ class BestAdapter(TrainerCallback):
         path, self.readings, self.best = self.folder / HISTORY, [], None
         if not state.is_world_process_zero:
             return
-        if state.global_step > 0 and path.is_file():
-            self.readings = _read_history(path)
-            kept = [reading for reading in self.readings if reading.kept]
-            self.best = kept[-1] if kept and self.adapter.is_dir() else None
-        elif path.is_file():
-            os.replace(path, path.with_name(f"{HISTORY}.old"))
+        before = _read_history(path, self.measure) if state.global_step > 0 else []
+        if not before:
+            for left in (path, self.adapter):  # else an earlier run's adapter passed for this one's
+                _set_aside(left)
+            return
+        kept = [reading for reading in before if reading.kept]
+        self.best = kept[-1] if kept and self.adapter.is_dir() else None
+        # Steps after the checkpoint are taken again, and read again.
+        self.readings = [reading for reading in before if reading.step <= state.global_step]
+        write_whole(path, "".join(map(self._line, self.readings)).encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reads where `every` says so."""
@@ -204,7 +209,8 @@ class BestAdapter(TrainerCallback):
             ),
             sets=found,
         )
-        if is_better(reading, self.best, self.budget):
+        again = self.best is not None and self.best.step == step  # the resumed run's own counts
+        if again or is_better(reading, self.best, self.budget):
             reading = Reading(**{**asdict(reading), "kept": True})
             card = {"best adapter": {**asdict(reading), "budget": self.budget}}
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -225,9 +231,12 @@ class BestAdapter(TrainerCallback):
     def _write(self, reading: Reading) -> None:
         """Appends a line; a half line of a run that was killed is passed over when read."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({**asdict(reading), "budget": self.budget, "measure": self.measure})
         with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+            file.write(self._line(reading))
+
+    def _line(self, reading: Reading) -> str:
+        values = {**asdict(reading), "budget": self.budget, "measure": self.measure}
+        return f"{json.dumps(values)}\n"
 
 
 def _named(rows: Any, name: str) -> dict[str, Any]:
@@ -246,15 +255,30 @@ def _named(rows: Any, name: str) -> dict[str, Any]:
     return sets
 
 
-def _read_history(path: Path) -> list[Reading]:
-    """The readings of a history file, in their order."""
+def _set_aside(path: Path) -> None:
+    """Renames what an earlier run left, in the place of what was set aside before."""
+    if not path.exists():
+        return
+    old = path.with_name(f"{path.name}.old")
+    if old.is_dir():
+        shutil.rmtree(old)
+    path.replace(old)
+
+
+def _read_history(path: Path, measure: str) -> list[Reading]:
+    """The readings of a history file, in their order; none where there is no file.
+
+    Those by another measure are left out: their forgetting is no figure to compare with.
+    """
     names = {"step", "gain", "forgetting", "sets", "kept"}
     readings = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             values = json.loads(line) if line.strip() else None
         except ValueError:
             continue
-        if isinstance(values, dict) and names <= values.keys():
+        if not isinstance(values, dict) or not names <= values.keys():
+            continue
+        if values.get("measure", measure) == measure:
             readings.append(Reading(**{name: values[name] for name in names}))
     return readings

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,40 @@ def test_a_resumed_run_goes_on_with_its_history_and_a_new_run_starts_a_new_one(r
     anew.train()
     assert [r.step for r in other.readings] == [1]
     assert (tmp_path / "best" / f"{HISTORY}.old").is_file()
+
+
+def test_steps_that_a_resumed_run_takes_again_are_read_again_once(run):
+    def make():
+        return run({"every": 1, "budget": 100.0}, save_strategy="steps", save_steps=2, max_steps=4)
+
+    whole, uninterrupted = make()
+    whole.train()
+    whole.train(resume_from_checkpoint=str(whole.args.output_dir) + "/checkpoint-2")
+    assert [r.step for r in uninterrupted.readings] == [1, 2, 3, 4]
+    resumed, best = make()
+    resumed.train(resume_from_checkpoint=str(whole.args.output_dir) + "/checkpoint-2")
+    lines = (best.folder / HISTORY).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert [r.kept for r in best.readings] == [r.kept for r in uninterrupted.readings]
+    assert best.best in best.readings and best.best.kept
+
+
+def test_an_earlier_runs_adapter_does_not_pass_for_that_of_a_run_without_a_reading_yet(run):
+    trainer, first = run(max_steps=1)
+    trainer.train()
+    assert first.adapter.is_dir()
+    _, other = run()
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    other.on_train_begin(None, state, None)
+    assert not other.adapter.exists() and other.adapter.with_name("adapter.old").is_dir()
+
+
+def test_readings_by_another_measure_are_not_gone_on_with(run):
+    trainer, _ = run({"forgetting": "nll"}, save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.train()
+    resumed, best = run(save_strategy="steps", save_steps=2, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert [r.step for r in best.readings] == [4]
 
 
 @pytest.mark.parametrize(
