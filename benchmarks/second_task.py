@@ -263,10 +263,27 @@ def reported(bench: Bench, row: dict[str, Any]) -> Iterator[None]:
 
 
 def other_parts(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the result file, of parts that this run leaves alone."""
-    path = (options.out or RESULTS) / f"{NAME}.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return [row for row in rows if row["part"] not in options.parts]
+    """Rows of parts that this run leaves alone, each with the commit, date and card that it was
+    measured with: from the folder of the result, else (an empty one) from the committed file.
+    """
+    places = [options.out or RESULTS, *([] if options.smoke else [RESULTS])]
+    path = next((p for p in (place / f"{NAME}.json" for place in places) if p.is_file()), None)
+    if path is None:
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    of = {key: found["meta"].get(key) for key in ("commit", "date", "card")}
+    return [{**of, **row} for row in found["rows"] if row["part"] not in options.parts]
+
+
+@contextmanager
+def timed(part: str) -> Iterator[None]:
+    """Prints how long the block took, also after an exception, which the other parts outlive."""
+    started = time.perf_counter()
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+    print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -294,13 +311,17 @@ def main() -> None:
         bench = Bench(options, model, tokenizer, Rows.of(options.smoke), Path(folder))
         bench.found += other_parts(options)
         if "first" in options.parts:
-            bench.add(part="first", arm="base", seed=options.seeds[0], **bench.measured())
+            with timed("base"):
+                bench.add(part="first", arm="base", seed=options.seeds[0], **bench.measured())
         for seed in options.seeds if "first" in options.parts else []:
-            first(bench, seed)
+            with timed(f"first, seed {seed}"):
+                first(bench, seed)
         for seed in options.seeds[: options.second_seeds] if "second" in options.parts else []:
-            second(bench, seed)
+            with timed(f"second, seed {seed}"):
+                second(bench, seed)
         if "evaluation" in options.parts:
-            evaluation(bench)
+            with timed("evaluation"):
+                evaluation(bench)
 
 
 if __name__ == "__main__":

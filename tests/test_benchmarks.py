@@ -249,3 +249,32 @@ def test_the_second_task_runs_on_a_tiny_model(tiny_model_dir, tmp_path):
     assert "facts_after_second" in found["second", "base, general"]
     wrong = {arm for (_, arm), row in found.items() if "error" in row}
     assert wrong <= {"self", "snapshot, self"}, "a model of random weights writes nothing of use"
+
+
+def test_rows_of_parts_that_are_not_run_again_keep_the_commit_they_were_measured_at(
+    tmp_path, monkeypatch
+):
+    from argparse import Namespace
+
+    from benchmarks import second_task
+
+    rows = [{"part": "first", "arm": "none"}, {"part": "second", "arm": "none"}]
+    meta = {"commit": "abc", "date": "2026-01-01", "card": "H100", "seed": 1}
+    text = json.dumps({"meta": meta, "rows": rows})
+    (tmp_path / "self_rehearsal.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(second_task, "RESULTS", tmp_path)
+    kept = [{**rows[0], "commit": "abc", "date": "2026-01-01", "card": "H100"}]
+    for out in (None, tmp_path, tmp_path / "empty"):
+        options = Namespace(out=out, parts=["second"], smoke=False)
+        assert second_task.other_parts(options) == kept
+    options.smoke = True
+    assert second_task.other_parts(options) == []
+
+
+def test_a_part_that_fails_is_told_with_its_time_and_ends_no_other(capsys):
+    from benchmarks.second_task import timed
+
+    with timed("second, seed 0"):
+        raise ValueError("no memory")
+    said = capsys.readouterr()
+    assert "second, seed 0: 0 s" in said.out and "no memory" in said.err
