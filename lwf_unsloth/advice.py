@@ -334,7 +334,7 @@ def _retention(case: _Case) -> Iterator[Hint]:
     said = [
         f"the KL to the model before training ended at {facts.kl:.3f} nats a token (under 0.02 "
         "nothing leaked in our runs)"
-        if facts.kl is not None and facts.kl > HIGH_KL
+        if facts.kl is not None and facts.kl > HIGH_KL and _usual_kl(case)
         else "",
         f"the NLL of what was to be kept rose by {facts.rise:.2f} nats a token"
         if facts.rise is not None and facts.rise > HIGH_RISE
@@ -348,8 +348,8 @@ def _retention(case: _Case) -> Iterator[Hint]:
     rate = case.setting("learning_rate")
     changes: dict[str, Any] = {}
     if not ratio or facts.rehearsal_rows == 0:
-        changes["rehearsal_ratio"] = 0.1
-    if strength is not None and strength < MOST_LAMBDA:
+        changes["rehearsal_ratio"] = max(ratio or 0.0, 0.1)
+    if _lambda_acts(case) and strength is not None and strength < MOST_LAMBDA:
         changes["lwf_lambda"] = 2.0 if strength < 1 else min(MOST_LAMBDA, 2 * strength)
     if not changes and ratio is not None and ratio < 0.2:
         changes["rehearsal_ratio"] = 0.2
@@ -364,3 +364,18 @@ def _retention(case: _Case) -> Iterator[Hint]:
         f"{why}: set {do}{rows * (facts.rehearsal_rows == 0)}.",
         changes,
     )
+
+
+def _usual_kl(case: _Case) -> bool:
+    """Whether the KL was measured as those that its bound rests on: forward, temperature 1."""
+    usual = {"lwf_kl": "forward", "lwf_temperature": 1, "lwf_temperature_schedule": "constant"}
+    return all(case.setting(name) in (None, value) for name, value in usual.items())
+
+
+def _lambda_acts(case: _Case) -> bool:
+    """Whether `lwf_lambda` decides: a schedule from one value to another stands in its place, and
+    under a budget it is where lambda begins.
+    """
+    schedule = case.setting("lwf_lambda_schedule") or "constant"
+    fixed = schedule == "constant" or schedule.startswith("warmup")
+    return fixed and case.setting("lwf_kl_budget") is None

@@ -16,7 +16,10 @@ LOOKED_AT = 400
 """Answers, evenly taken from the rows, in which forms are looked for."""
 KL_LOGS = 10
 """Logged values that make the KL at the end."""
-SETTINGS = "learning_rate num_train_epochs max_steps max_length lwf_lambda rehearsal_ratio".split()
+SETTINGS = (
+    "learning_rate num_train_epochs max_steps max_length lwf_lambda rehearsal_ratio "
+    "lwf_lambda_schedule lwf_kl_budget lwf_kl lwf_temperature lwf_temperature_schedule"
+).split()
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class TrainingFacts:
     eval_loss: tuple[tuple[float, float], ...] = ()
     """(epoch, held-out task loss) of each evaluation, nats per token."""
     kl: float | None = None
-    """KL on rehearsal rows (on task rows where there are none) at the end, nats per token."""
+    """KL on rehearsal rows at the end, nats per token; None where there are none: on task rows it
+    is what was learned, not what was forgotten."""
     rehearsal_rows: int | None = None
     """Rows in the rehearsal pool."""
     rise: float | None = None
@@ -164,8 +168,7 @@ class _Counted:
 def _curves(log_history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Losses and KL from what the Trainer logged."""
     logs = list(log_history)
-    name = "kl_rehearsal" if any("kl_rehearsal" in entry for entry in logs) else "kl"
-    kl = [entry[name] for entry in logs if name in entry][-KL_LOGS:]
+    kl = [entry["kl_rehearsal"] for entry in logs if "kl_rehearsal" in entry][-KL_LOGS:]
     evals = [
         (float(entry["epoch"]), entry["eval_task_loss"])
         for entry in logs

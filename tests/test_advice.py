@@ -151,6 +151,10 @@ def test_a_missing_form_gets_a_template_and_the_number_of_rows_that_lack():
         ({"lwf_lambda": 5.0}, 20, {"rehearsal_ratio": 0.2}),
         ({"lwf_lambda": 5.0, "rehearsal_ratio": 0.2}, 20, {"learning_rate": 1e-4}),
         ({"lwf_lambda": 0.0}, 0, {"rehearsal_ratio": 0.1, "lwf_lambda": 2.0}),
+        ({"rehearsal_ratio": 0.3}, 0, {"rehearsal_ratio": 0.3, "lwf_lambda": 4.0}),
+        ({"lwf_lambda_schedule": "linear:0->2"}, 20, {"rehearsal_ratio": 0.2}),
+        ({"lwf_lambda_schedule": "warmup:0.1"}, 20, {"lwf_lambda": 4.0}),
+        ({"lwf_kl_budget": 0.02}, 20, {"rehearsal_ratio": 0.2}),
     ],
 )
 def test_what_was_forgotten_asks_for_rehearsal_then_lambda_then_a_lower_rate(
@@ -163,6 +167,28 @@ def test_what_was_forgotten_asks_for_rehearsal_then_lambda_then_a_lower_rate(
     with_kl = replace(facts, rise=None, kl=0.071)
     assert "0.071" in advise(answers(FINE), with_kl)[0].sentence
     assert not advise(answers(FINE), replace(facts, rise=0.04, kl=0.03))
+
+
+def test_a_kl_on_task_rows_or_of_another_kind_is_no_sign_of_forgetting(tiny_tokenizer):
+    rows = [{"instruction": "a", "output": "Short."}]
+    logs = [{"task_loss": 1.0, "kl": 0.4, "kl_task": 0.4}] * 20
+    assert TrainingFacts.of_rows(tiny_tokenizer, rows, log_history=logs).kl is None
+    for change in ({"lwf_kl": "reverse"}, {"lwf_temperature": 2.0}):
+        facts = known(kl=0.09, rehearsal_rows=20, settings={**SETTINGS, **change})
+        assert not advise(answers(FINE), facts)
+    assert advise(answers(FINE), known(kl=0.09, rehearsal_rows=20))
+
+
+@pytest.mark.parametrize("schedule", ["linear:1->2", "constant"])
+def test_no_change_of_lambda_that_its_schedule_refuses(schedule, tmp_path):
+    from lwf_unsloth.config import LwFConfig
+
+    if not hasattr(LwFConfig, "lwf_lambda_schedule"):
+        pytest.skip("no schedules")
+    config = LwFConfig(str(tmp_path), lwf_lambda_schedule=schedule)
+    settings = {**SETTINGS, "lwf_lambda_schedule": schedule}
+    advice = advise(answers(FINE), known(rise=0.3, rehearsal_rows=20, settings=settings))
+    assert advice and advice.apply(config) is not config
 
 
 def test_apply_changes_a_copy_of_the_settings_it_is_given(tmp_path):
