@@ -47,6 +47,7 @@ class KLMeter(TrainerCallback):
         self.values: dict[str, list[tuple[int, float]]] = {name: [] for name in TERMS}
         self.stopped = ""
         """Why the run was ended by it, or empty."""
+        self._awaits = ""
 
     @classmethod
     def of(cls, args: LwFConfig) -> "KLMeter":
@@ -143,6 +144,7 @@ class KLMeter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the log of the run that is resumed; a new run starts empty."""
         self.values, self.stopped = {name: [] for name in TERMS}, ""
+        self._awaits = "kl_rehearsal" * _rehearses(kwargs.get("train_dataloader"))
         for entry in state.log_history:
             self._add(entry.get("step", 0), entry)
 
@@ -150,7 +152,7 @@ class KLMeter(TrainerCallback):
         """Takes the newest values, and ends the run where the limit says so."""
         if not self._add(state.global_step, logs or {}) or self.stop_at is None or self.stopped:
             return
-        name = self.term
+        name = self._awaits or self.term  # task rows do not decide before the first rehearsal row
         if len(self.values[name]) < WINDOW or self.smoothed(name) <= self.stop_at:
             return
         self.stopped = (
@@ -173,3 +175,11 @@ class KLMeter(TrainerCallback):
         for name in found:
             self.values[name].append((step, float(logs[name])))
         return bool(found)
+
+
+def _rehearses(loader: Any) -> bool:
+    """Whether a run's rows end with rehearsal rows, as the trainer joins them."""
+    rows: Any = getattr(loader, "dataset", None)
+    if "is_rehearsal" not in (getattr(rows, "column_names", None) or ()):
+        return False
+    return bool(rows[len(rows) - 1]["is_rehearsal"])

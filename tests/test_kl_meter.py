@@ -144,6 +144,22 @@ def test_training_past_the_limit_ends_with_a_checkpoint_and_says_so(make_trainer
     assert trainer.kl_meter.max("kl_rehearsal") == max(logged)
 
 
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_task_rows_do_not_end_a_run_whose_rehearsal_rows_come_late(rehearsal):
+    rows = Dataset.from_dict({"is_rehearsal": [False, rehearsal]})
+    meter = KLMeter(stop_at=0.1)
+    meter.on_train_begin(*event(0), train_dataloader=SimpleNamespace(dataset=rows))
+    for step in range(1, WINDOW + 3):
+        meter.on_log(*event(step), logs={"kl_task": 0.5})
+    assert bool(meter.stopped) is not rehearsal
+
+
+def test_the_trainer_lets_the_meter_know_of_its_rehearsal_rows(make_trainer):
+    trainer = make_trainer(lwf_stop_at_kl=1e-6, max_steps=2)
+    trainer.train()
+    assert trainer.kl_meter._awaits == "kl_rehearsal"
+
+
 def test_a_run_resumed_after_its_stop_goes_on_only_with_a_higher_limit(make_trainer):
     make_trainer(lwf_stop_at_kl=1e-6).train()
     again = make_trainer(lwf_stop_at_kl=1e-6)
