@@ -1,4 +1,4 @@
-"""The command line: demo, template, train, compare, evaluate, doctor.
+"""The command line: demo, template, train, sweep, compare, evaluate, doctor.
 
 Each command is a few calls of the library. Heavy imports live inside the commands, so that `--help`
 is instant.
@@ -37,6 +37,31 @@ data:
   rehearsal: general.jsonl   # Alpaca rows; or self, or rehearsal_text: passages.jsonl
 """
 """\\b keeps the lines below it as they are."""
+SWEEP_HELP = """Try settings against each other, as a YAML file says; run it again to go on.
+
+\b
+model: ...                   # model, training, data: as in a training file
+training:
+  max_steps: 200
+data:
+  task: my_task.jsonl
+  rehearsal: general.jsonl
+grid:                        # every combination
+  lwf_lambda: [0.5, 2, 5]
+  rehearsal_ratio: [0.05, 0.2]
+  r: [8, 16]
+evaluate:
+  general: kept.jsonl        # rows that are not trained on: what must not be forgotten
+  gain: nll                  # or right
+  forgetting: kl             # or nll, leak
+
+\b
+In place of grid, a budget of trials, each chosen by what the earlier ones gave:
+trials: 20
+space:
+  learning_rate: {low: 1e-4, high: 4e-3, log: true}
+  lwf_lambda: [0.5, 2, 5]
+"""
 
 Adapter = Annotated[Path, typer.Argument(help="Folder of a saved adapter.", show_default=False)]
 Base = Annotated[
@@ -95,6 +120,32 @@ def train(
     from lwf_unsloth.train_file import read_train_file, train_from
 
     typer.echo(f"The adapter: {train_from(read_train_file(config), resume=resume)}")
+
+
+@app.command(help=SWEEP_HELP)
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="YAML file.", show_default=False)],
+    workers: Annotated[int, typer.Option(min=1, help="Trials at a time on this machine.")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder.", show_default="runs/ and the file's name"),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Database that several machines share, postgresql+psycopg://...",
+            show_default="study.db in the folder",
+        ),
+    ] = None,
+) -> None:
+    """Runs what is unfinished of a sweep."""
+    from lwf_unsloth.sweep import sweep as swept
+    from lwf_unsloth.sweep_file import read_sweep_file
+
+    plan = read_sweep_file(grid)
+    folder = output or Path("runs") / plan.path.stem
+    typer.echo(str(swept(plan, workers=workers, output=folder, storage=storage)))
+    typer.echo(f"All trials: {folder / 'trials.jsonl'}")
 
 
 @app.command()

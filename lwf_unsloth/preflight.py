@@ -42,6 +42,10 @@ LONGEST = 2**17
 """Tokens and rows beyond which no fit is looked for."""
 
 
+class DoesNotFit(ConfigError):
+    """A run that would need far more memory than is free."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of a training step, by part."""
@@ -330,7 +334,7 @@ def tell_memory(model: Any, args: Any, dataset: Any, rows: str) -> None:
         rows: `lwf_rows` with "auto" resolved.
 
     Raises:
-        ConfigError: It would need more than 1.5 times the free memory.
+        DoesNotFit: It would need more than 1.5 times the free memory.
     """
     batch, longest = args.per_device_train_batch_size, longest_row(dataset)
     try:
@@ -353,7 +357,7 @@ def tell_memory(model: Any, args: Any, dataset: Any, rows: str) -> None:
     if shape.checkpointing == "everything":
         text += ' use_gradient_checkpointing="unsloth" at loading needs far less.'
     if found.estimate.beside > REFUSED_ABOVE * found.free and shape.dense:
-        raise ConfigError(text)
+        raise DoesNotFit(text)
     logger.warning("%s", text)
 
 

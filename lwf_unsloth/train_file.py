@@ -41,7 +41,19 @@ def read_train_file(path: str | Path) -> TrainFile:
         ConfigError: Not readable, not YAML, or sections and data keys that are not known.
     """
     path = Path(path)
-    values = _yaml(path)
+    return checked_sections(path, read_yaml(path))
+
+
+def checked_sections(path: Path, values: Any) -> TrainFile:
+    """The sections of what a file holds.
+
+    Args:
+        path: The file, for what is said about it.
+        values: What was read from it.
+
+    Raises:
+        ConfigError: Sections and data keys that are not known, or no task.
+    """
     found = values if isinstance(values, dict) else {}
     if not found or not all(isinstance(part, dict) for part in found.values()):
         raise ConfigError(
@@ -49,9 +61,9 @@ def read_train_file(path: str | Path) -> TrainFile:
             "each with settings under it: without them it does not say what to train. "
             "`lwf-unsloth train --help` shows an example."
         )
-    _refuse_unknown(path, "sections", found, SECTIONS)
+    refuse_unknown(path, "sections", found, SECTIONS)
     file = TrainFile(path, *(dict(found.get(name, {})) for name in SECTIONS))
-    _refuse_unknown(path, "data", file.data, ("task", *REHEARSAL_KEYS, *TASK_KEYS))
+    refuse_unknown(path, "data", file.data, ("task", *REHEARSAL_KEYS, *TASK_KEYS))
     if not file.data.get("task"):
         raise ConfigError(f"{path} has no data.task: there is nothing to learn. Name a source.")
     if all(file.data.get(key) for key in REHEARSAL_KEYS):
@@ -75,14 +87,34 @@ def train_from(file: TrainFile, *, resume: bool = False) -> Path:
     Raises:
         LwfError: Unknown or wrong settings, bad data, a model that cannot be loaded.
     """
-    from lwf_unsloth.alpaca import load_alpaca, load_text
+    trainer = trainer_from(file, settings_of(file), *load_data(file))
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    return save_trained(trainer)
+
+
+def settings_of(file: TrainFile) -> Any:
+    """The run's `LwFConfig`; the model's keys are looked at too.
+
+    Raises:
+        ConfigError: Unknown or wrong settings.
+    """
     from lwf_unsloth.config import LwFConfig, ModelConfig
 
-    _refuse_unknown(file.path, "model", file.model, (f.name for f in fields(ModelConfig)))
-    _refuse_unknown(
+    refuse_unknown(file.path, "model", file.model, (f.name for f in fields(ModelConfig)))
+    refuse_unknown(
         file.path, "training", file.training, (f.name for f in fields(LwFConfig) if f.init)
     )
-    args = LwFConfig(**{"output_dir": f"runs/{file.path.stem}", **file.training})
+    return LwFConfig(**{"output_dir": f"runs/{file.path.stem}", **file.training})
+
+
+def load_data(file: TrainFile) -> tuple[Any, Any]:
+    """The task's splits, and what is rehearsed: rows, "self" or None.
+
+    Raises:
+        DataError: A source that cannot be read.
+    """
+    from lwf_unsloth.alpaca import load_alpaca, load_text
+
     settings = {key: file.data[key] for key in TASK_KEYS if key in file.data}
     task = load_alpaca(file.data["task"], **settings)
     rehearsal: Any = None
@@ -92,18 +124,17 @@ def train_from(file: TrainFile, *, resume: bool = False) -> Path:
         rehearsal = load_alpaca(file.data["rehearsal"], test_size=None)["train"]
     elif file.data.get("rehearsal_text"):
         rehearsal = load_text(file.data["rehearsal_text"], test_size=None)["train"]
-    return _run(file, args, task, rehearsal, resume)
+    return task, rehearsal
 
 
-def _run(file: TrainFile, args: Any, task: Any, rehearsal: Any, resume: bool) -> Path:
-    """Loads the model, trains, saves."""
-    from lwf_unsloth.adapters import save_adapter
+def trainer_from(file: TrainFile, args: Any, task: Any, rehearsal: Any) -> Any:
+    """Loads the model and makes the `LwFTrainer`."""
     from lwf_unsloth.config import ModelConfig
     from lwf_unsloth.model import default_model, load_model
     from lwf_unsloth.trainer import LwFTrainer
 
     model, tokenizer = load_model(ModelConfig(**file.model) if file.model else default_model())
-    trainer = LwFTrainer(
+    return LwFTrainer(
         model,
         args=args,
         processing_class=tokenizer,
@@ -111,13 +142,19 @@ def _run(file: TrainFile, args: Any, task: Any, rehearsal: Any, resume: bool) ->
         eval_dataset=task["test"] if len(task["test"]) else None,
         rehearsal_dataset=rehearsal,
     )
-    trainer.train(resume_from_checkpoint=True if resume else None)
+
+
+def save_trained(trainer: Any) -> Path:
+    """Saves the adapter, with a card of settings and rows, into the run's output_dir."""
+    from lwf_unsloth.adapters import save_adapter
+
     rows = {"task": trainer.rows.n_task, "rehearsal": trainer.rows.n_rehearsal}
     card = {"settings": trainer.args.lwf_settings(), "rows": rows}
-    return save_adapter(model, tokenizer, Path(args.output_dir) / "adapter", card=card)
+    folder = Path(trainer.args.output_dir) / "adapter"
+    return save_adapter(trainer.model, trainer.processing_class, folder, card=card)
 
 
-def _yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
     """The file's values; 2e-4 is a number, as in YAML 1.2 (PyYAML alone reads it as text)."""
     import yaml
 
@@ -136,7 +173,7 @@ def _yaml(path: Path) -> Any:
         ) from error
 
 
-def _refuse_unknown(path: Path, where: str, values: Iterable[Any], known: Iterable[str]) -> None:
+def refuse_unknown(path: Path, where: str, values: Iterable[Any], known: Iterable[str]) -> None:
     """Raises a ConfigError that names what is not known and what was probably meant."""
     names = list(known)
     wrong = [str(key) for key in values if key not in names]

@@ -1,0 +1,351 @@
+"""A sweep: an Optuna study of training runs, each in a process of its own, that can be interrupted.
+
+Every trial that is wanted has a place ("slot") in the study from the beginning, waiting. A worker
+takes a waiting trial, which the storage lets happen once only, also between machines. A trial whose
+worker is gone (its process on this machine, its heartbeat on others) is closed, and its slot waits
+again; so a sweep that was killed goes on with what is unfinished, and nothing is run twice to the
+end. Optuna's GridSampler is not used: it may give one point to two workers (its documentation).
+"""
+
+import functools
+import logging
+import math
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lwf_unsloth.errors import ConfigError, LwfError
+from lwf_unsloth.sweep_file import SweepPlan
+from lwf_unsloth.sweep_result import (
+    COMPLETE,
+    FAILED,
+    SKIPPED,
+    SweepResult,
+    TrialRecord,
+    write_lines,
+)
+from lwf_unsloth.trial_process import gpu_bytes, is_gone, read_result, run_process, this_worker
+
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "lwf_unsloth.trial")
+HEARTBEAT, GRACE = 10, 60
+"""Seconds between two signs of life of a trial, and without one until it counts as gone."""
+TRIES = 4
+"""Times that the storage is opened."""
+POLL = 1.0
+"""Seconds between two looks at trials of other workers."""
+LINES = "trials.jsonl"
+OBJECTIVES = ("gain", "forgetting")
+
+
+class TrialFailed(LwfError):
+    """A trial ended without a result; the message is the reason."""
+
+
+def sweep(
+    plan: SweepPlan,
+    *,
+    workers: int = 1,
+    output: str | Path = "runs/sweep",
+    storage: str | None = None,
+    command: Sequence[str] = COMMAND,
+) -> SweepResult:
+    """Runs what is unfinished of a sweep.
+
+    Args:
+        plan: From `read_sweep_file`.
+        workers: Trials at a time on this machine.
+        output: Folder of the trials, of `trials.jsonl` and of the study.
+        storage: A database URL that several machines share ("postgresql+psycopg://..."); None
+            takes the file study.db in `output`.
+        command: What runs a trial; the folder with its job is added.
+
+    Returns:
+        All ended trials, those of earlier calls too.
+
+    Raises:
+        ConfigError: Settings that cannot be run, or a study of this name with another plan.
+    """
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise ConfigError(f"workers is {workers!r}, but must be a whole number from 1.")
+    folder = Path(output).resolve()
+    (folder / "trials").mkdir(parents=True, exist_ok=True)
+    running = _Sweep(plan, folder, _url(storage, folder), tuple(command))
+    running.begin()
+    threads = [
+        threading.Thread(target=running.work, args=(n,), daemon=True) for n in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if running.errors:
+        raise running.errors[0]
+    return running.result()
+
+
+def _url(storage: str | None, folder: Path) -> str:
+    return storage or f"sqlite:///{folder / 'study.db'}"
+
+
+def read_sweep(plan: SweepPlan, output: str | Path, storage: str | None = None) -> SweepResult:
+    """The ended trials of a sweep so far, without running any."""
+    folder = Path(output).resolve()
+    return _Sweep(plan, folder, _url(storage, folder), COMMAND).result()
+
+
+@dataclass
+class _Sweep:
+    """The study and the workers of this process."""
+
+    plan: SweepPlan
+    folder: Path
+    url: str
+    command: tuple[str, ...]
+    errors: list[BaseException] = field(default_factory=list)
+    taking: threading.Lock = field(default_factory=threading.Lock)
+    """Held from the look for a waiting trial until it is taken."""
+    writing: threading.Lock = field(default_factory=threading.Lock)
+
+    def study(self, seed: int = 0) -> Any:
+        """The study, made if it is not there."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        grid = self.plan.trials is None
+        choose = optuna.samplers.RandomSampler if grid else optuna.samplers.TPESampler
+        return optuna.create_study(
+            storage=_storage(self.url),
+            study_name=self.plan.name,
+            directions=["maximize", "minimize"],
+            sampler=choose(seed=self.plan.seed + seed),
+            load_if_exists=True,
+        )
+
+    def begin(self) -> None:
+        """Refuses another plan's study, tries the settings, and queues what is wanted."""
+        study = self.study()
+        there = study.user_attrs.get("digest")
+        if there not in (None, self.plan.digest):
+            raise ConfigError(
+                f"The study {self.plan.name!r} holds another sweep (other settings, data or "
+                "evaluation), and its trials cannot be compared with these. Give `name` in "
+                f"{self.plan.path}, or another output folder."
+            )
+        if there is None:
+            self._check()
+            study.set_user_attr("digest", self.plan.digest)
+            study.set_user_attr("objectives", [self.plan.evaluate[k] for k in OBJECTIVES])
+        self._requeue(study)
+
+    def _check(self) -> None:
+        """Looks at all settings in a process of its own: libraries and GPU stay out of this one."""
+        job = {**self._job(), "corners": list(self.plan.corners())}
+        result = run_process(self.command, self.folder / "trials" / "check", job)
+        if result["state"] != COMPLETE:
+            raise ConfigError(f"{self.plan.path} cannot be run. {result.get('reason')}")
+
+    def _job(self) -> dict[str, Any]:
+        plan = self.plan
+        return {"path": str(plan.path), "base": plan.base, "evaluate": plan.evaluate}
+
+    # ------------------------------------------------------------------ the queue
+
+    def _requeue(self, study: Any) -> None:
+        """Closes trials whose worker is gone, and gives every slot without a trial a waiting one.
+
+        Two machines may do so at once: of two trials of a slot the later one steps back.
+        """
+        import optuna
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state.name == "RUNNING" and is_gone(trial):
+                self._close(study, trial)
+        trials = study.get_trials(deepcopy=False)
+        covered = {one.user_attrs.get("slot") for one in trials if _covers(one)}
+        for slot, params in enumerate(self.plan.points()):
+            if slot not in covered:
+                study.enqueue_trial(params, user_attrs={"slot": slot})
+
+    def _close(self, study: Any, trial: Any) -> None:
+        """Ends a trial whose worker is gone: by its result, where it had come so far."""
+        import optuna
+
+        result = read_result(self._place(trial.number)) or {}
+        try:
+            if result.get("state") == COMPLETE and trial.user_attrs.get("slot") is not None:
+                _note(optuna.trial.Trial(study, trial._trial_id), result)
+                study.tell(trial.number, [float(result[key]) for key in OBJECTIVES])
+            else:
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        except (ValueError, RuntimeError, optuna.exceptions.OptunaError):
+            logger.debug("Trial %d was closed by another worker.", trial.number)
+
+    def work(self, number: int) -> None:
+        """One worker: takes waiting trials until every slot has ended."""
+        try:
+            study = self.study(seed=number + os.getpid())
+            while not self.errors and self._one(study):
+                pass
+        except BaseException as error:
+            self.errors.append(error)
+
+    def _one(self, study: Any) -> bool:
+        """Runs a trial, or waits for those of others; whether there may be more to do."""
+        taken = _Hold(self.taking)
+        with taken:
+            if _states(study) & {"WAITING"}:
+                run = functools.partial(self._objective, study=study, taken=taken)
+                study.optimize(run, n_trials=1, catch=(TrialFailed,))
+                self._write()
+                return True
+            self._requeue(study)
+        left = _states(study) & {"WAITING", "RUNNING"}
+        if left:
+            time.sleep(POLL)
+        return bool(left)
+
+    # ------------------------------------------------------------------ one trial
+
+    def _place(self, number: int) -> Path:
+        """The folder of a trial."""
+        return self.folder / "trials" / f"trial-{number:04d}"
+
+    def _objective(self, trial: Any, study: Any, taken: "_Hold") -> tuple[float, float]:
+        """Runs the process of a trial; its result goes into the study."""
+        import optuna
+
+        trial.set_user_attr("owner", this_worker())
+        params = {name: _suggest(trial, name, given) for name, given in self.plan.space.items()}
+        taken.release()
+        slot = trial.user_attrs.get("slot")
+        if slot is None or _is_second(trial, study):
+            trial.set_user_attr("duplicate", True)
+            raise optuna.TrialPruned("Another worker has this slot.")
+        begun = time.monotonic()
+        job = {**self._job(), "params": params}
+        result = run_process(self.command, self._place(trial.number), job)
+        result["seconds"] = round(time.monotonic() - begun, 1)
+        result["gpu_bytes_after"] = gpu_bytes()
+        _note(trial, result)
+        if result["state"] == SKIPPED:
+            raise optuna.TrialPruned(result["reason"])
+        if result["state"] != COMPLETE:
+            raise TrialFailed(str(result.get("reason")))
+        values = [float(result[key]) for key in OBJECTIVES]
+        if not all(map(math.isfinite, values)):
+            reason = f"gain and forgetting are {values}, which cannot be compared."
+            trial.set_user_attr("reason", reason)
+            raise TrialFailed(reason)
+        return values[0], values[1]
+
+    # ------------------------------------------------------------------ what it gave
+
+    def result(self) -> SweepResult:
+        """The ended trials of the study."""
+        found = (_record(one) for one in self.study().get_trials(deepcopy=False))
+        return SweepResult(self.plan.name, tuple(one for one in found if one is not None))
+
+    def _write(self) -> None:
+        """Writes `trials.jsonl` anew, from the study, which is never behind it."""
+        with self.writing:
+            write_lines(self.folder / LINES, self.result().trials)
+
+
+def _storage(url: str) -> Any:
+    """The storage; two workers that make its tables at the same moment hinder each other once."""
+    import optuna
+
+    wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    settings: dict[str, Any] = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE}
+    for left in reversed(range(TRIES)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.RDBStorage(url, engine_kwargs=wait, **settings)
+        except Exception:  # a kind of error for each database
+            if not left:
+                raise
+            time.sleep(POLL)
+    raise AssertionError("the last try returns or raises")
+
+
+class _Hold:
+    """A lock that is held from `with` on, and given back at its end or earlier."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.lock, self.held = lock, False
+
+    def __enter__(self) -> None:
+        self.held = self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives it back, once."""
+        if self.held:
+            self.held = False
+            self.lock.release()
+
+
+def _note(trial: Any, result: dict[str, Any]) -> None:
+    """Keeps everything but the objectives with the trial."""
+    import optuna
+
+    versions = {**result.get("versions", {}), "optuna": optuna.__version__}
+    for name, value in {**result, "versions": versions}.items():
+        if name not in OBJECTIVES:
+            trial.set_user_attr(name, value)
+
+
+def _states(study: Any) -> set[str]:
+    return {one.state.name for one in study.get_trials(deepcopy=False)}
+
+
+def _suggest(trial: Any, name: str, given: Any) -> Any:
+    """The trial's value of a setting: the grid's, or chosen by the sampler."""
+    if isinstance(given, list):
+        return trial.suggest_categorical(name, given)
+    whole = all(isinstance(given[end], int) for end in ("low", "high"))
+    suggest = trial.suggest_int if whole else trial.suggest_float
+    rest = {key: given[key] for key in ("log", "step") if key in given}
+    return suggest(name, given["low"], given["high"], **rest)
+
+
+def _covers(trial: Any) -> bool:
+    """Whether a trial's slot needs no other: it waits, runs, or has ended with an outcome."""
+    if trial.user_attrs.get("duplicate"):
+        return False
+    return trial.state.name != "FAIL" or "reason" in trial.user_attrs
+
+
+def _is_second(trial: Any, study: Any) -> bool:
+    """Whether the slot is another's: one that was begun before and runs, or that has ended."""
+    for one in study.get_trials(deepcopy=False):
+        if one.number == trial.number or one.user_attrs.get("slot") != trial.user_attrs["slot"]:
+            continue
+        runs = one.state.name == "RUNNING" and one.number < trial.number and not is_gone(one)
+        if runs or (one.state.is_finished() and _covers(one)):
+            return True
+    return False
+
+
+def _record(trial: Any) -> TrialRecord | None:
+    """An ended trial with an outcome; None for others."""
+    state = {"COMPLETE": COMPLETE, "FAIL": FAILED, "PRUNED": SKIPPED}.get(trial.state.name)
+    if state is None or not _covers(trial):
+        return None
+    gain, forgetting = trial.values if state == COMPLETE else (None, None)
+    details = {key: value for key, value in trial.user_attrs.items() if key != "state"}
+    return TrialRecord(trial.number, state, dict(trial.params), gain, forgetting, details)

@@ -1,0 +1,84 @@
+"""A trial's process, seen from the worker that starts it; and whether a worker is still there."""
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lwf_unsloth.sweep_result import FAILED
+from lwf_unsloth.trial import JOB, RESULT
+
+LOG = "log.txt"
+UNCLAIMED = 120
+"""Seconds after which a running trial that names no worker counts as gone."""
+
+
+def run_process(command: Sequence[str], folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Runs a job in a process of its own, which ends with this one; its result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+    with (folder / LOG).open("wb") as log:
+        command = [*command, str(folder)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+        )
+        code = process.wait()
+    result = read_result(folder)
+    if result is not None:
+        return result
+    words = (folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(words) if line.strip()), "")
+    killed = ", killed, as where memory runs out" * (code == -9)
+    reason = f"The process ended with code {code}{killed}. Last words: {last[:500]}"
+    return {"state": FAILED, "reason": reason}
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result in a trial's folder, None without one."""
+    try:
+        found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+def this_worker() -> dict[str, Any]:
+    """This process, so that others can tell whether it is still there."""
+    import psutil
+
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "begun": psutil.Process(pid).create_time()}
+
+
+def is_gone(trial: Any) -> bool:
+    """Whether a running trial's worker was a process of this machine that is no more.
+
+    Workers of other machines are known by their heartbeat alone.
+    """
+    import psutil
+
+    owner = trial.user_attrs.get("owner")
+    if owner is None:  # it was cut off in the moment between taking it and saying so
+        begun = trial.datetime_start
+        return begun is not None and (datetime.now() - begun).total_seconds() > UNCLAIMED
+    if owner["host"] != socket.gethostname():
+        return False
+    try:
+        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["begun"]) > 1)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def gpu_bytes() -> int | None:
+    """Bytes in use on the first GPU, by its driver; None without one."""
+    ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True)
+        return int(found.stdout.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

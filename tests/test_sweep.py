@@ -1,0 +1,305 @@
+"""A sweep: what is tried, that nothing is lost or run twice, and what two real trials give.
+
+The tests of the queue run a stand-in for the training, in processes as real as the training's.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.sweep_file import read_sweep_file
+from lwf_unsloth.sweep_result import SweepResult, TrialRecord
+
+optuna = pytest.importorskip("optuna")
+ROOT = Path(__file__).resolve().parent.parent
+
+GRID = """
+training: {max_steps: 2}
+data: {task: task.jsonl}
+grid:
+  lwf_lambda: [0.5, 1, 2]
+  r: [4, 8]
+evaluate: {general: general.jsonl}
+"""
+STAND_IN = f"""
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from lwf_unsloth.trial import tie_to_parent, write_result
+
+tie_to_parent()
+folder = Path(sys.argv[1])
+job = json.loads((folder / "job.json").read_text())
+log = folder.parent.parent / "ran.txt"
+if "corners" in job:
+    write_result(folder, {{"state": "complete"}})
+    sys.exit()
+params = job["params"]
+with log.open("a") as file:
+    file.write("begun " + json.dumps(params, sort_keys=True) + "\\n")
+time.sleep(job["base"]["training"].get("seconds", 0))
+strength = params["lwf_lambda"]
+if strength == job["base"]["training"].get("dies_at"):
+    print("CUDA error: something broke")
+    sys.exit(3)
+result = {{"state": "complete", "gain": 1 / strength, "forgetting": 0.1 / strength**2, "seed": 42}}
+if strength == job["base"]["training"].get("too_big_at"):
+    result = {{"state": "skipped", "reason": "Batch 8 x 512 tokens does not fit on the GPU."}}
+if strength == job["base"]["training"].get("nan_at"):
+    result["gain"] = float("nan")
+write_result(folder, result)
+with log.open("a") as file:
+    file.write("ended " + json.dumps(params, sort_keys=True) + "\\n")
+"""
+
+
+@pytest.fixture()
+def place(tmp_path):
+    """Folder with a sweep file and the stand-in; `.write(text)` gives the file."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    return tmp_path
+
+
+def plan_of(place, text=GRID):
+    (place / "grid.yaml").write_text(text)
+    return read_sweep_file(place / "grid.yaml")
+
+
+def swept(place, text=GRID, **changes):
+    from lwf_unsloth.sweep import sweep
+
+    command = (sys.executable, str(place / "stand_in.py"))
+    return sweep(plan_of(place, text), output=place / "out", command=command, **changes)
+
+
+def ran(place, word="ended"):
+    lines = (place / "out" / "ran.txt").read_text().splitlines()
+    return [line.removeprefix(f"{word} ") for line in lines if line.startswith(word)]
+
+
+# ------------------------------------------------------------------ the file
+
+
+def test_a_grid_is_every_combination_once(place):
+    points = plan_of(place).points()
+    assert len(points) == 6 and len({tuple(p.items()) for p in points}) == 6
+    seen = {(name, p[name]) for p in plan_of(place).corners() for name in p}
+    assert seen == {("lwf_lambda", v) for v in (0.5, 1, 2)} | {("r", 4), ("r", 8)}
+
+
+def test_a_larger_budget_is_the_same_sweep_and_another_setting_is_not(place):
+    text = GRID.replace("grid:", "trials: 4\nspace:")
+    assert plan_of(place, text).digest == plan_of(place, text.replace(": 4\n", ": 9\n")).digest
+    assert plan_of(place, text).digest != plan_of(place, text.replace("[4, 8]", "[4]")).digest
+    assert plan_of(place, text).digest != plan_of(place).digest
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("grid:", "gird:", "Did you mean grid"),
+        ("[0.5, 1, 2]", "2", "list of texts or numbers"),
+        ("[0.5, 1, 2]", "[]", "list of texts or numbers"),
+        ("[0.5, 1, 2]", "[1, 1]", "twice"),
+        ("[0.5, 1, 2]", "{low: 1, high: 2}", "list of texts"),
+        ("grid:", "trials: 3\ngrid:", "either `grid`"),
+        ("grid:", "trials: 0\nspace:", "whole number from 1"),
+        (
+            "grid:\n  lwf_lambda: [0.5, 1, 2]",
+            "trials: 3\nspace:\n  a: {low: 2, high: 1}",
+            "low < hi",
+        ),
+        ("{general: general.jsonl}", "{limit: 3}", "evaluate.general"),
+        ("{general: general.jsonl}", "{general: g.jsonl, gain: bleu}", "evaluate.gain"),
+        ("task: task", "tusk: task", "Did you mean task"),
+    ],
+)
+def test_a_wrong_file_is_refused_and_says_what_is_wrong(place, old, new, said):
+    assert old in GRID
+    with pytest.raises(ConfigError, match=said):
+        plan_of(place, GRID.replace(old, new))
+
+
+def test_settings_find_their_section_and_unknown_ones_are_refused():
+    from lwf_unsloth.trial import with_settings
+
+    base = {"training": {"max_steps": 3}, "data": {"task": "t.jsonl"}}
+    found = with_settings(base, {"lwf_lambda": 1, "r": 4, "data.limit": 7})
+    assert found["training"] == {"max_steps": 3, "lwf_lambda": 1} and found["model"] == {"r": 4}
+    assert found["data"]["limit"] == 7 and "limit" not in base["data"]
+    for name, said in {"lamda": "neither", "trust_remote_code": "both", "x.r": "sections"}.items():
+        with pytest.raises(ConfigError, match=said):
+            with_settings(base, {name: 1})
+
+
+# ------------------------------------------------------------------ the results
+
+
+def test_the_front_is_what_no_other_trial_beats():
+    values = [(1.0, 0.1), (2.0, 0.2), (1.5, 0.3), (2.0, 0.2), (0.5, 0.1)]
+    trials = [TrialRecord(i, "complete", {}, *v, {}) for i, v in enumerate(values)]
+    trials.append(TrialRecord(9, "failed", {}, None, None, {"reason": "no"}))
+    result = SweepResult("x", tuple(trials))
+    assert [one.number for one in result.front] == [1, 3, 0]
+    assert result.best().number == 1 and result.best(0.15).number == 0
+    assert result.best(0.05) is None and "trial 9 failed: no" in str(result)
+
+
+def test_failed_and_too_large_trials_are_recorded_with_their_reason_and_ignored_for_best(place):
+    special = "{max_steps: 2, dies_at: 0.5, too_big_at: 1}"
+    result = swept(place, GRID.replace("{max_steps: 2}", special), workers=2)
+    assert [len(result.of(s)) for s in ("complete", "failed", "skipped")] == [2, 2, 2]
+    reason = result.of("failed")[0].details["reason"]
+    assert "code 3" in reason and "CUDA error: something broke" in reason
+    assert "does not fit" in result.of("skipped")[0].details["reason"]
+    assert {one.params["lwf_lambda"] for one in result.front} == {2}
+    lines = [json.loads(x) for x in (place / "out" / "trials.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and {x["state"] for x in lines} == {"complete", "failed", "skipped"}
+    done = next(line for line in lines if line["state"] == "complete")
+    assert done["gain"] == 0.5 and done["seed"] == 42 and "optuna" in done["versions"]
+    again = swept(place, GRID.replace("{max_steps: 2}", special))
+    assert len(ran(place, "begun")) == 6 and again == result, "what failed is not run again"
+
+
+def test_another_plan_in_the_same_study_is_refused(place):
+    small = GRID.replace("[0.5, 1, 2]", "[1]").replace("[4, 8]", "[4]")
+    swept(place, small)
+    with pytest.raises(ConfigError, match="another sweep"):
+        swept(place, small.replace("[4]", "[8]"))
+
+
+def test_a_budget_of_trials_is_spent_exactly_and_can_be_raised(place):
+    text = GRID.replace("grid:", "trials: 3\nspace:").replace(
+        "[0.5, 1, 2]", "{low: 0.1, high: 9, log: true}"
+    )
+    assert len(swept(place, text, workers=2).of("complete")) == 3
+    raised = swept(place, text.replace(": 3\n", ": 4\n"), workers=2)
+    assert len(raised.of("complete")) == 4 == len(ran(place))
+    assert all(0.1 <= one.params["lwf_lambda"] <= 9 for one in raised.trials)
+
+
+def start(place, text, workers=3):
+    """The sweep in a process that can be killed."""
+    plan_of(place, text)
+    code = (
+        "import sys\nfrom lwf_unsloth.sweep import sweep\n"
+        "from lwf_unsloth.sweep_file import read_sweep_file\n"
+        f"sweep(read_sweep_file({str(place / 'grid.yaml')!r}), workers={workers}, "
+        f"output={str(place / 'out')!r}, command=(sys.executable, {str(place / 'stand_in.py')!r}))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+
+
+def killed_after(place, text, ended):
+    process = start(place, text)
+    begin = time.monotonic()
+    while time.monotonic() - begin < 60 and process.poll() is None:
+        if (place / "out" / "ran.txt").exists() and len(ran(place)) >= ended:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_sweep_killed_in_the_middle_goes_on_with_what_is_unfinished(place, kills):
+    text = GRID.replace("{max_steps: 2}", "{max_steps: 2, seconds: 0.4}")
+    if kills == 2:
+        text = text.replace("[4, 8]", "[4, 8, 16, 32]")
+    for kill in range(kills):
+        killed_after(place, text, ended=1 + 4 * kill)
+    begun, ended = len(ran(place, "begun")), len(ran(place))
+    time.sleep(0.7)
+    assert len(ran(place)) == ended, "the killed sweep's trials have ended with it"
+    assert begun > ended, "it was killed in the middle of trials"
+    result = swept(place, text, workers=3)
+    wanted = 6 * kills
+    assert len(result.of("complete")) == wanted and not result.of("failed")
+    assert sorted(ran(place)) == sorted(set(ran(place))), "none was run twice to the end"
+    assert len(ran(place)) == wanted
+    assert result.best().params["lwf_lambda"] == 0.5
+    lines = (place / "out" / "trials.jsonl").read_text().splitlines()
+    assert len(lines) == wanted
+
+
+def test_a_result_that_the_killed_sweep_did_not_record_is_taken_and_not_run_again(place):
+    """The trial had ended, but the worker was killed before the study knew."""
+    small = GRID.replace("[0.5, 1, 2]", "[1]").replace("[4, 8]", "[4]")
+    from lwf_unsloth.sweep import _Sweep
+
+    sweep = _Sweep(
+        plan_of(place, small),
+        place / "out",
+        f"sqlite:///{place / 'out' / 'study.db'}",
+        (sys.executable, str(place / "stand_in.py")),
+    )
+    (place / "out" / "trials").mkdir(parents=True)
+    sweep.begin()
+    trial = sweep.study().ask()
+    trial.suggest_categorical("lwf_lambda", [1])
+    trial.suggest_categorical("r", [4])
+    trial.set_user_attr("owner", {**__owner(), "pid": 2**22 + 1})
+    folder = place / "out" / "trials" / "trial-0000"
+    folder.mkdir()
+    result = {"state": "complete", "gain": 5.0, "forgetting": 0.5}
+    (folder / "result.json").write_text(json.dumps(result))
+    found = swept(place, small)
+    assert [one.gain for one in found.of("complete")] == [5.0]
+    assert not (place / "out" / "ran.txt").exists()
+
+
+def __owner():
+    from lwf_unsloth.trial_process import this_worker
+
+    return this_worker()
+
+
+def test_two_sweeps_of_one_study_share_the_trials(place):
+    text = GRID.replace("{max_steps: 2}", "{max_steps: 2, seconds: 0.3}")
+    both = [start(place, text, workers=2) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert sorted(ran(place)) == sorted(set(ran(place))) and len(ran(place)) == 6
+
+
+# ------------------------------------------------------------------ real trials
+
+
+@pytest.mark.slow
+def test_two_real_trials_are_trained_measured_and_recorded_by_the_command(
+    tiny_model_dir, alpaca_rows, tmp_path
+):
+    for name, rows in {"task": alpaca_rows(24), "general": alpaca_rows(8, "keep")}.items():
+        lines = (json.dumps(row) for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "grid.yaml").write_text(f"""
+model: {{model_name: "{tiny_model_dir}", dtype: float32, r: 4}}
+training: {{max_steps: 3, learning_rate: 1e-2, max_length: 128, bf16: false, warmup_steps: 0}}
+data: {{task: "{tmp_path}/task.jsonl", rehearsal: "{tmp_path}/general.jsonl", test_size: 0.25}}
+grid: {{lwf_lambda: [0.5, 4]}}
+evaluate: {{general: "{tmp_path}/general.jsonl", limit: 8}}
+""")
+    command = [sys.executable, "-m", "lwf_unsloth.cli", "sweep", "grid.yaml", "-o", "out"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+    assert [line["state"] for line in lines] == ["complete", "complete"], lines
+    assert "2 complete" in done.stdout
+    for line in lines:
+        assert line["forgetting"] > 0 and line["config"]["training"]["lwf_lambda"] in (0.5, 4)
+        assert Path(line["adapter"], "adapter_model.safetensors").is_file()
+        assert line["seed"] == 42 and "unsloth" in line["versions"]
+        assert line["scores"]["general"]["kl"]["tuned"]["value"] == line["forgetting"]
+    wrong = (tmp_path / "grid.yaml").read_text().replace("[0.5, 4]", "[0.5, -4]")
+    (tmp_path / "grid.yaml").write_text(wrong)
+    command[-1] = "other"
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "lwf_lambda is -4" in done.stderr, "before the first trial"
