@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from .samples import sample_path
     from .scores import Scores
     from .scoring import score
+    from .sweep import run_sweep
+    from .sweep_file import SweepPlan, read_sweep_file
+    from .sweep_result import SweepResult
     from .trainer import LwFTrainer
     from .widgets import panel
 
@@ -68,6 +71,8 @@ _HOME = {
     "PromptTemplate": "records",
     "Recipes": "recipes",
     "Scores": "scores",
+    "SweepPlan": "sweep_file",
+    "SweepResult": "sweep_result",
     "TeacherError": "errors",
     "TrainingFacts": "facts",
     "advise": "advice",
@@ -94,12 +99,14 @@ _HOME = {
     "plot_forgetting": "plots",
     "plot_recipes": "plots",
     "plot_training": "plots",
+    "read_sweep_file": "sweep_file",
+    "run_sweep": "sweep",
     "sample_path": "samples",
     "save_adapter": "adapters",
     "scale_adapter": "adapter_dial",
     "score": "scoring",
-    "set_adapter_scale": "adapter_dial",
     "self_rehearsal": "row_writer",
+    "set_adapter_scale": "adapter_dial",
     "set_template": "records",
 }
 """Public name -> the module of this package that defines it."""

@@ -139,12 +139,12 @@ def sweep(
     ] = None,
 ) -> None:
     """Runs what is unfinished of a sweep."""
-    from lwf_unsloth.sweep import sweep as swept
+    from lwf_unsloth.sweep import run_sweep
     from lwf_unsloth.sweep_file import read_sweep_file
 
     plan = read_sweep_file(grid)
     folder = output or Path("runs") / plan.path.stem
-    typer.echo(str(swept(plan, workers=workers, output=folder, storage=storage)))
+    typer.echo(str(run_sweep(plan, workers=workers, output=folder, storage=storage)))
     typer.echo(f"All trials: {folder / 'trials.jsonl'}")
 
 

@@ -49,7 +49,7 @@ class TrialFailed(LwfError):
     """A trial ended without a result; the message is the reason."""
 
 
-def sweep(
+def run_sweep(
     plan: SweepPlan,
     *,
     workers: int = 1,

@@ -5,9 +5,11 @@ The tests of the queue run a stand-in for the training, in processes as real as 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -73,10 +75,10 @@ def plan_of(place, text=GRID):
 
 
 def swept(place, text=GRID, **changes):
-    from lwf_unsloth.sweep import sweep
+    from lwf_unsloth.sweep import run_sweep
 
     command = (sys.executable, str(place / "stand_in.py"))
-    return sweep(plan_of(place, text), output=place / "out", command=command, **changes)
+    return run_sweep(plan_of(place, text), output=place / "out", command=command, **changes)
 
 
 def ran(place, word="ended"):
@@ -175,6 +177,7 @@ def test_another_plan_in_the_same_study_is_refused(place):
         swept(place, small.replace("[4]", "[8]"))
 
 
+@pytest.mark.slow
 def test_a_budget_of_trials_is_spent_exactly_and_can_be_raised(place):
     text = GRID.replace("grid:", "trials: 3\nspace:").replace(
         "[0.5, 1, 2]", "{low: 0.1, high: 9, log: true}"
@@ -185,20 +188,21 @@ def test_a_budget_of_trials_is_spent_exactly_and_can_be_raised(place):
     assert all(0.1 <= one.params["lwf_lambda"] <= 9 for one in raised.trials)
 
 
-def start(place, text, workers=3):
+def start(place, text, workers=3, storage=None):
     """The sweep in a process that can be killed."""
     plan_of(place, text)
     code = (
-        "import sys\nfrom lwf_unsloth.sweep import sweep\n"
+        "import sys\nfrom lwf_unsloth.sweep import run_sweep\n"
         "from lwf_unsloth.sweep_file import read_sweep_file\n"
-        f"sweep(read_sweep_file({str(place / 'grid.yaml')!r}), workers={workers}, "
-        f"output={str(place / 'out')!r}, command=(sys.executable, {str(place / 'stand_in.py')!r}))"
+        f"run_sweep(read_sweep_file({str(place / 'grid.yaml')!r}), workers={workers}, "
+        f"output={str(place / 'out')!r}, storage={storage!r}, "
+        f"command=(sys.executable, {str(place / 'stand_in.py')!r}))"
     )
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
 
-def killed_after(place, text, ended):
-    process = start(place, text)
+def killed_after(place, text, ended, storage=None):
+    process = start(place, text, storage=storage)
     begin = time.monotonic()
     while time.monotonic() - begin < 60 and process.poll() is None:
         if (place / "out" / "ran.txt").exists() and len(ran(place)) >= ended:
@@ -230,6 +234,7 @@ def test_a_sweep_killed_in_the_middle_goes_on_with_what_is_unfinished(place, kil
     assert len(lines) == wanted
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_result_that_the_killed_sweep_did_not_record_is_taken_and_not_run_again(place):
     """The trial had ended, but the worker was killed before the study knew."""
     small = GRID.replace("[0.5, 1, 2]", "[1]").replace("[4, 8]", "[4]")
@@ -246,7 +251,7 @@ def test_a_result_that_the_killed_sweep_did_not_record_is_taken_and_not_run_agai
     trial = sweep.study().ask()
     trial.suggest_categorical("lwf_lambda", [1])
     trial.suggest_categorical("r", [4])
-    trial.set_user_attr("owner", {**__owner(), "pid": 2**22 + 1})
+    trial.set_user_attr("owner", {**_owner(), "pid": 2**22 + 1})
     folder = place / "out" / "trials" / "trial-0000"
     folder.mkdir()
     result = {"state": "complete", "gain": 5.0, "forgetting": 0.5}
@@ -256,17 +261,59 @@ def test_a_result_that_the_killed_sweep_did_not_record_is_taken_and_not_run_agai
     assert not (place / "out" / "ran.txt").exists()
 
 
-def __owner():
+def _owner():
     from lwf_unsloth.trial_process import this_worker
 
     return this_worker()
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_one_study_share_the_trials(place):
     text = GRID.replace("{max_steps: 2}", "{max_steps: 2, seconds: 0.3}")
     both = [start(place, text, workers=2) for _ in range(2)]
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     assert sorted(ran(place)) == sorted(set(ran(place))) and len(ran(place)) == 6
+
+
+@pytest.fixture()
+def postgres(tmp_path):
+    """The URL of a PostgreSQL that the test starts, reached through a socket in its folder."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    tools = found[-1].parent if found else Path(shutil.which("initdb") or "/none/initdb").parent
+    if not (tools / "initdb").exists():
+        pytest.skip("no PostgreSQL on this machine")
+    user = "postgres" if os.getuid() == 0 else None  # it refuses to run as root
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # a socket's path must be short
+        if user:
+            shutil.chown(folder, user)
+        data, given = f"{folder}/data", {"user": user, "check": True, "cwd": "/"}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run([tools / "initdb", "-D", data, "-A", "trust", "-U", "me"], **given, **quiet)
+        server = [tools / "pg_ctl", "-D", data, "-w", "-l", f"{folder}/log"]
+        options = ["-o", f"-k {folder} -c listen_addresses=''"]
+        subprocess.run([*server, *options, "start"], **given, **quiet)
+        yield f"postgresql+psycopg://me@/postgres?host={folder}"
+        subprocess.run([*server, "-m", "immediate", "stop"], **given, **quiet)
+
+
+@pytest.mark.slow
+def test_twelve_trials_on_postgresql_killed_twice_end_as_an_undisturbed_sweep(place, postgres):
+    pytest.importorskip("psycopg")
+    text = GRID.replace("{max_steps: 2}", "{max_steps: 2, seconds: 0.4}")
+    text = text.replace("[4, 8]", "[4, 8, 16, 32]")
+    for ended in (2, 6):
+        killed_after(place, text, ended, storage=postgres)
+    result = swept(place, text, workers=3, storage=postgres)
+    done = ran(place)
+    assert len(result.of("complete")) == 12 == len(done) == len(set(done))
+    assert len(ran(place, "begun")) > 12
+    (place / "other").mkdir()
+    (place / "other" / "stand_in.py").write_text(STAND_IN)
+    undisturbed = swept(place / "other", text.replace("0.4", "0"), workers=3)
+    best = [
+        {json.dumps(one.params, sort_keys=True) for one in r.front} for r in (result, undisturbed)
+    ]
+    assert best[0] == best[1]
 
 
 # ------------------------------------------------------------------ real trials
