@@ -8,18 +8,16 @@ weights).
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.adapters import active_adapter
 from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.evaluation import evaluate
 from lwf_unsloth.hidden import unwrap
-from lwf_unsloth.result_table import ResultTable, figure, save_json
+from lwf_unsloth.result_table import ResultTable, Tabled, figure
 from lwf_unsloth.scores import Measure, Scores
 
 logger = logging.getLogger(__name__)
@@ -160,7 +158,7 @@ def _whole(value: float) -> float:
 
 
 @dataclass(frozen=True, repr=False)
-class DialResult:
+class DialResult(Tabled):
     """Scores at each scale; shows itself as a table."""
 
     scores: Mapping[float, Scores]
@@ -228,20 +226,6 @@ class DialResult:
         heads = ("set", "measure", *(f"scale {scale:g}" for scale in self.scales))
         return ResultTable(heads, tuple(rows), one.caption)
 
-    def __str__(self) -> str:
-        """The table for a terminal."""
-        return self.table().to_text()
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The table for a notebook."""
-        return self.table().to_html()
-
-    def to_markdown(self) -> str:
-        """The table as markdown."""
-        return self.table().to_markdown()
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` reads them back."""
         scores = {f"{scale!r}": one.to_dict() for scale, one in self.scores.items()}
@@ -251,14 +235,6 @@ class DialResult:
     def from_dict(cls, values: Mapping[str, Any]) -> "DialResult":
         """The object that `to_dict` gave."""
         return cls({float(scale): Scores.from_dict(one) for scale, one in values["scores"].items()})
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a JSON file, whole or not at all.
-
-        Returns:
-            Its path.
-        """
-        return save_json(path, self.to_dict())
 
 
 def dial(

@@ -15,11 +15,12 @@ from typing import Any
 from lwf_unsloth.backend import versions
 from lwf_unsloth.bases import BaseIdentity, identify
 from lwf_unsloth.config import ModelConfig
-from lwf_unsloth.embedded import EMBEDDED, embedded_name, sync
+from lwf_unsloth.embedded import EMBEDDED, embedded_name
 from lwf_unsloth.errors import ModelError
 from lwf_unsloth.loaded import LoadedModel
 from lwf_unsloth.model_card import adapter_card
 from lwf_unsloth.templates import get_template
+from lwf_unsloth.whole_files import sync
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """What benchmarks said of base and tuned model: read from the harness' samples, shown, saved."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 
 from lwf_unsloth.errors import ModelError
 from lwf_unsloth.intervals import Interval
+from lwf_unsloth.result_table import save_json
 from lwf_unsloth.task_score import TaskScore
 
 PER_UNIT = {"word_perplexity": "nats per word", "byte_perplexity": "nats per byte"}
@@ -81,12 +81,8 @@ class BenchmarkScores:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Writes `to_dict` with all pairs as a JSON file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
-        return path
+        """Writes `to_dict` with all pairs as a JSON file, whole or not at all."""
+        return save_json(path, self.to_dict())
 
 
 def _cell(score: Interval | None) -> str:

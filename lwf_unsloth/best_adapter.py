@@ -11,10 +11,10 @@ from typing import Any
 
 from lwf_unsloth.adapters import save_adapter
 from lwf_unsloth.backend import prepare
-from lwf_unsloth.cache_parts import write_whole
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.scoring import score
 from lwf_unsloth.teacher import make_teacher
+from lwf_unsloth.whole_files import write_whole
 
 prepare()
 

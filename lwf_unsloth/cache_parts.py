@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -293,27 +293,6 @@ class PartStore:
 def mark_of(identity: dict[str, str]) -> str:
     """The 12 hex digits that stand in the names of an identity's files."""
     return digest(json.dumps(identity, sort_keys=True))[:12]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that at any moment the old one or the whole new one is there."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        _remove(new)
-        raise
-    if os.name != "nt":
-        with contextlib.suppress(OSError):  # mounted cloud folders sync no directory; it is written
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def digest(*parts: str | bytes) -> str:

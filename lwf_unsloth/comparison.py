@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from lwf_unsloth.diagnosis import FAULTS, Diagnoses, Diagnosis, diagnose
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.facts import TrainingFacts
 from lwf_unsloth.markup import markdown_text, page, shown, table
+from lwf_unsloth.whole_files import write_whole_text
 
 logger = logging.getLogger(__name__)
 
@@ -177,10 +177,9 @@ class Comparison:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
-        # A lone surrogate has no UTF-8; its \\uXXXX form is valid JSON and reads back the same.
-        write_atomically(folder / "comparison.json", text, errors="backslashreplace")
-        write_atomically(folder / "comparison.html", self.to_html())
-        write_atomically(folder / "comparison.md", self.to_markdown())
+        write_whole_text(folder / "comparison.json", text)
+        write_whole_text(folder / "comparison.html", self.to_html())
+        write_whole_text(folder / "comparison.md", self.to_markdown())
         return folder
 
 
@@ -193,19 +192,6 @@ def stop_words(answer: Answer) -> str:
 def fault_words(diagnosis: Diagnosis) -> list[str]:
     """What is wrong with an answer, beside a cut, which the stop reason says already."""
     return [f"{FAULTS[f.kind]}: {f.detail}" for f in diagnosis.faults if f.kind != "cut"]
-
-
-def write_atomically(path: Path, text: str, errors: str = "strict") -> None:
-    """Writes UTF-8 text beside its place and moves it there: nobody ever sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors=errors, newline="\n") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def compare(before: Generations, after: Generations) -> Comparison:

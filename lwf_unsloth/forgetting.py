@@ -11,15 +11,13 @@ The papers average them over the sets; here each set has its own, with an interv
 and the averages beside them. arXiv 1801.10112 and 1706.08840.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.intervals import Interval, mean_interval, share_change
-from lwf_unsloth.result_table import ResultTable, figure, save_json, span
+from lwf_unsloth.result_table import ResultTable, Tabled, figure, span
 from lwf_unsloth.scores import NAMES, Scores, SetScores
 
 WHAT = "lwf_unsloth forgetting report"
@@ -62,7 +60,7 @@ class Line:
 
 
 @dataclass(frozen=True, repr=False)
-class ForgettingReport:
+class ForgettingReport(Tabled):
     """Gain, forgetting and backward transfer of every set; shows itself as a table."""
 
     stages: tuple[str, ...]
@@ -128,20 +126,6 @@ class ForgettingReport:
             "[95 % interval, paired by row]"
         )
 
-    def __str__(self) -> str:
-        """The table for a terminal."""
-        return self.table().to_text()
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The table for a notebook."""
-        return self.table().to_html()
-
-    def to_markdown(self) -> str:
-        """The table as markdown."""
-        return self.table().to_markdown()
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -161,14 +145,6 @@ class ForgettingReport:
             cells = dict(zip(table.heads[2:], row[2:], strict=True))
             found[f"{line.set}: {line.name}"] = cells
         return found
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes `to_dict` as a JSON file, whole or not at all.
-
-        Returns:
-            Its path.
-        """
-        return save_json(path, self.to_dict())
 
 
 def forgetting_report(

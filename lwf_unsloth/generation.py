@@ -10,12 +10,14 @@ from typing import Any
 
 from lwf_unsloth.answers import Answer, Generations
 from lwf_unsloth.backend import prepare
+from lwf_unsloth.bars import batch_bar
+from lwf_unsloth.checks import check_count
 from lwf_unsloth.codec import Codec
 from lwf_unsloth.decoding import Decoding, TokenRules, row_seed, uncompiled_decoding
 from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.forms import shaped
-from lwf_unsloth.locks import innermost, kept_state, model_lock
-from lwf_unsloth.records import prompt_ids
+from lwf_unsloth.locks import innermost, kept_state, model_lock, why_not_base
+from lwf_unsloth.records import prompts_ids
 from lwf_unsloth.templates import get_template, text_tokenizer
 
 DEMO_PROMPTS = (
@@ -82,8 +84,7 @@ def generate(
     decoding = Decoding(
         max_new_tokens, temperature, top_p, repetition_penalty, no_repeat_ngram_size, seed
     )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size!r}, but must be a whole number from 1.")
+    check_count("batch_size", batch_size)
     prepare()
     with model_lock(model, "generating"), kept_state(model, tokenizer), _adapter(model, adapter):
         answers = _answer_all(model, tokenizer, rows, prefixes, decoding, batch_size)
@@ -171,7 +172,8 @@ def _answer_all(
 ) -> list[Answer]:
     """Runs all batches, longest prompts first (a batch that does not fit shows at once)."""
     starts = Codec(text_tokenizer(tokenizer)).responses(prefixes)  # as an answer in training
-    prompts = [prompt_ids(tokenizer, *row) + start for row, start in zip(rows, starts, strict=True)]
+    asked = prompts_ids(tokenizer, rows)
+    prompts = [ids + start for ids, start in zip(asked, starts, strict=True)]
     _check_context(model, prompts, decoding.max_new_tokens)
     seen: Counter[tuple[int, ...]] = Counter()
     seeds = []
@@ -184,7 +186,7 @@ def _answer_all(
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     answers: dict[int, Answer] = {}
-    for batch in _progress(batches):
+    for batch in batch_bar(batches, "generate"):
         new = _run_batch(
             model, tokenizer, [prompts[i] for i in batch], [seeds[i] for i in batch], decoding, ends
         )
@@ -254,22 +256,31 @@ def terminators(model: Any, tokenizer: Any) -> list[int]:
     return ends
 
 
-def _check_context(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raises a ConfigError when the longest prompt and its answer exceed the model's positions."""
+def context_limits(model: Any) -> tuple[int | None, int | None]:
+    """Positions of the model, and the length it was loaded for, beyond which Unsloth's CUDA path
+    cuts a prompt; None where one is not known.
+    """
     config = getattr(innermost(model), "config", None)
     config = getattr(config, "text_config", config)
-    limit = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    loaded = getattr(model, "max_seq_length", None)
+    known = [limit if isinstance(limit, int) else None for limit in (positions, loaded)]
+    return known[0], known[1]
+
+
+def _check_context(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises a ConfigError when the longest prompt and its answer exceed the model's positions."""
+    limit, loaded = context_limits(model)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     length = len(prompts[longest])
-    if isinstance(limit, int) and length + max_new_tokens > limit:
+    if limit is not None and length + max_new_tokens > limit:
         raise ConfigError(
             f"Prompt {longest} has {length} tokens and max_new_tokens is {max_new_tokens}, "
             f"together {length + max_new_tokens}, but the model has {limit} positions: beyond them "
             f"it writes noise. Set max_new_tokens to {max(limit - length, 0)} or less, or shorten "
             "the prompt."
         )
-    loaded = getattr(model, "max_seq_length", None)  # Unsloth's CUDA path cuts what is longer
-    if isinstance(loaded, int) and length > loaded:
+    if loaded is not None and length > loaded:
         raise ConfigError(
             f"Prompt {longest} has {length} tokens, but the model was loaded with max_seq_length "
             f"{loaded}: the end of the prompt would be cut off unseen. Load it with "
@@ -297,10 +308,7 @@ def _adapter(model: Any, on: bool) -> Iterator[None]:
     if on or not hasattr(model, "disable_adapter"):
         yield
         return
-    merged = any(getattr(module, "merged", False) is True for module in model.modules())
-    biases = {config.bias for config in model.peft_config.values() if hasattr(config, "bias")}
-    if merged or biases - {"none"}:
-        why = "is merged into the weights" if merged else f"trains biases (bias={max(biases)!r})"
+    if why := why_not_base(model):
         raise ModelError(
             f"adapter=False asks for the base model, but the adapter {why}, so switching it off "
             "does not give the base model back. Load the base model by itself and generate with "
@@ -343,12 +351,3 @@ def model_name(model: Any) -> str:
     config = getattr(innermost(model), "config", None)
     name = str(getattr(config, "_name_or_path", "") or "")
     return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
-
-
-def _progress(batches: list[list[int]]) -> Iterable[list[int]]:
-    """A progress bar over two batches or more, where tqdm is installed."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return batches
-    return tqdm(batches, desc="generate", unit="batch", leave=False, disable=len(batches) < 2)

@@ -16,10 +16,11 @@ from typing import Any
 
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.benchmark_scores import BenchmarkScores, read_scores
+from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, DataError, LwfError, ModelError
 from lwf_unsloth.generation import adapter_state, model_name
 from lwf_unsloth.instruction_checks import TASKS
-from lwf_unsloth.locks import kept_state, model_lock
+from lwf_unsloth.locks import kept_state, model_lock, why_not_base
 from lwf_unsloth.teacher import ModelTeacher, OwnTeacher, Teacher
 from lwf_unsloth.templates import get_template
 
@@ -128,10 +129,8 @@ def _check(
         ("num_fewshot", num_fewshot, 0),
         ("max_new_tokens", max_new_tokens, 1),
     ):
-        optional = value is None and name != "batch_size"
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not optional and not (whole and value >= least):
-            raise ConfigError(f"{name} is {value!r}, but must be a whole number from {least}.")
+        if value is not None or name == "batch_size":
+            check_count(name, value, least)
     number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
     if limit is not None and not (number and (0 < limit < 1 or (limit >= 1 and limit % 1 == 0))):
         raise ConfigError(
@@ -263,11 +262,7 @@ def _sides(
 
 def _check_adapter(model: Any) -> None:
     """Raises a ModelError where switching the adapter off does not give the base back."""
-    merged = any(getattr(module, "merged", False) is True for module in model.modules())
-    configs = getattr(model, "peft_config", {}).values()
-    biases = {getattr(config, "bias", "none") for config in configs} - {"none"}
-    if merged or biases:
-        why = "is merged into the weights" if merged else f"trains biases (bias={max(biases)!r})"
+    if why := why_not_base(model):
         raise ModelError(
             f"The adapter {why}, so switching it off does not give the base model back. Pass a "
             "teacher made before the training (base=make_teacher(model)), or base=None."

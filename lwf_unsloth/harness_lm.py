@@ -8,7 +8,7 @@ only where lm_eval is installed.
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from lwf_unsloth.bars import batch_bar
 from lwf_unsloth.batches import LwFCollator
 from lwf_unsloth.codec import begin_id
 from lwf_unsloth.decoding import Decoding, row_seed
-from lwf_unsloth.generation import continue_ids
+from lwf_unsloth.generation import context_limits, continue_ids
 from lwf_unsloth.hidden import model_hidden, model_logits
-from lwf_unsloth.locks import innermost, kept_state
+from lwf_unsloth.locks import kept_state
 from lwf_unsloth.objective import Objective, probe_tokens
 from lwf_unsloth.records import prompt_ids
 from lwf_unsloth.scoring import scoring_mode
@@ -96,13 +97,7 @@ class LoadedLM(TemplateLM):  # type: ignore[misc,unused-ignore]
     @property
     def max_length(self) -> int:
         """Positions the model has and was loaded for."""
-        config = getattr(innermost(self.model), "config", None)
-        config = getattr(config, "text_config", config)
-        limits: list[Any] = [
-            getattr(self.model, "max_seq_length", None),
-            getattr(config, "max_position_embeddings", None),
-        ]
-        return min([n for n in limits if isinstance(n, int) and n > 0], default=2048)
+        return min([n for n in context_limits(self.model) if n is not None and n > 0], default=2048)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -154,7 +149,7 @@ class LoadedLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         inputs = sorted(shared, key=len, reverse=True)
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         with kept_state(self.model, self._served), scoring_mode(self.model):
-            for at in _progress(range(0, len(inputs), self.batch_size), "loglikelihood"):
+            for at in batch_bar(range(0, len(inputs), self.batch_size), "loglikelihood"):
                 batch = inputs[at : at + self.batch_size]
                 owners = [shared[ids] for ids in batch]
                 answers = [[requests[number][2] for number in row] for row in owners]
@@ -196,7 +191,7 @@ class LoadedLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         for decoding, numbers in groups.items():
             prompts = {number: self._prompt(requests[number], decoding) for number in numbers}
             order = sorted(numbers, key=lambda number: -len(prompts[number]))
-            for at in _progress(range(0, len(order), self.batch_size), "generate"):
+            for at in batch_bar(range(0, len(order), self.batch_size), "generate"):
                 batch = order[at : at + self.batch_size]
                 starts = [prompts[number] for number in batch]
                 seeds = [row_seed(self._seed, ids, 0) for ids in starts]
@@ -265,10 +260,3 @@ def _until(text: str, stops: str | Sequence[str] | None) -> str:
         if stop:
             text = text.split(stop)[0]
     return text
-
-
-def _progress(steps: range, what: str) -> Iterable[int]:
-    """A progress bar over two batches or more."""
-    from tqdm.auto import tqdm
-
-    return tqdm(steps, desc=what, unit="batch", leave=False, disable=len(steps) < 2)

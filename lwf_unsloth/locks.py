@@ -148,3 +148,14 @@ def kept_state(model: Any, tokenizer: Any = None) -> Iterator[None]:
             one.padding_side = side
         for name, switch in switches.items():
             os.environ.pop(name, None) if switch is None else os.environ.update({name: switch})
+
+
+def why_not_base(model: Any) -> str:
+    """Why a PEFT model is not its base with the adapter off ("" where it is), as part of a
+    sentence that begins with the adapter.
+    """
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        return "is merged into the weights"
+    configs = getattr(model, "peft_config", {}).values()
+    biases = {getattr(config, "bias", "none") for config in configs} - {"none"}
+    return f"trains biases (bias={max(biases)!r})" if biases else ""

@@ -1,15 +1,13 @@
 """Several ways to train for one task, side by side: what each learned and what each forgot."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.forgetting import check_same_rows
 from lwf_unsloth.intervals import Interval
-from lwf_unsloth.result_table import ResultTable, figure, save_json, span
+from lwf_unsloth.result_table import ResultTable, Tabled, figure, span
 from lwf_unsloth.scores import Measure, Scores
 
 WHAT = "lwf_unsloth recipes"
@@ -18,7 +16,7 @@ SHOWN = ("nll", "kl", "right", "leak", "eos")
 
 
 @dataclass(frozen=True, repr=False)
-class Recipes:
+class Recipes(Tabled):
     """Scores by recipe; shows itself as a table, `plot_recipes` as a figure."""
 
     scores: Mapping[str, Scores]
@@ -90,20 +88,6 @@ class Recipes:
         parts = (model, "one training each", "[95 % interval over rows; another seed adds to it]")
         return " · ".join(part for part in parts if part)
 
-    def __str__(self) -> str:
-        """The table for a terminal."""
-        return self.table().to_text()
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The table for a notebook."""
-        return self.table().to_html()
-
-    def to_markdown(self) -> str:
-        """The table as markdown."""
-        return self.table().to_markdown()
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` reads them back."""
         return {
@@ -115,14 +99,6 @@ class Recipes:
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipes":
         """The object that `to_dict` gave."""
         return cls({name: Scores.from_dict(one) for name, one in values["scores"].items()})
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a JSON file, whole or not at all.
-
-        Returns:
-            Its path.
-        """
-        return save_json(path, self.to_dict())
 
 
 def compare_recipes(scores: Mapping[str, Scores]) -> Recipes:

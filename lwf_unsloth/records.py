@@ -9,7 +9,7 @@ encoded as plain text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,7 @@ __all__ = [
     "get_template",
     "is_text_row",
     "prompt_ids",
+    "prompts_ids",
     "row_kind",
     "set_template",
 ]
@@ -109,8 +110,15 @@ def prompt_ids(
         input: further context; blank or None means none.
         template: another template than the tokenizer's own (`get_template`).
     """
+    return prompts_ids(tokenizer, [(instruction, input or "")], template)[0]
+
+
+def prompts_ids(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], template: PromptTemplate | None = None
+) -> list[list[int]]:
+    """`prompt_ids` of many (instruction, input): the tokenizer is looked at once."""
     codec = Codec(text_tokenizer(tokenizer))
-    return codec.prompts([(instruction, input or "")], template or get_template(tokenizer))[0]
+    return codec.prompts(pairs, template or get_template(tokenizer))
 
 
 def encode_row(

@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.markup import html_text, markdown_text, shown
+from lwf_unsloth.whole_files import write_whole_text
 
 _STYLE = """
 .lwf-n{color:inherit;font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;
@@ -77,6 +77,43 @@ class ResultTable:
         )
 
 
+class Tabled:
+    """What shows itself as its `table()` everywhere, and is saved as its `to_dict()`.
+
+    A dataclass of this kind is declared with `repr=False`.
+    """
+
+    def table(self) -> ResultTable:
+        """The figures as a table."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The table for a terminal."""
+        return self.table().to_text()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        return self.table().to_html()
+
+    def to_markdown(self) -> str:
+        """The table as markdown."""
+        return self.table().to_markdown()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes `to_dict` as a JSON file, whole or not at all.
+
+        Returns:
+            Its path.
+        """
+        return save_json(path, self.to_dict())
+
+
 def _one_line(text: str) -> str:
     """A cell for a terminal: a line break in a name would tear the columns apart."""
     return " ".join(shown(text).split("\n"))
@@ -107,19 +144,7 @@ def save_json(path: str | os.PathLike[str], values: dict[str, Any]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(values, ensure_ascii=False, indent=1)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        # A lone surrogate has no UTF-8; its \\uXXXX form is valid JSON and reads back the same.
-        with os.fdopen(
-            handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n"
-        ) as file:
-            file.write(text + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole_text(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
     return path
 
 

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from lwf_unsloth.backend import on_cuda
 from lwf_unsloth.cache_parts import digest
+from lwf_unsloth.checks import check_count
 from lwf_unsloth.codec import Codec, begin_id
 from lwf_unsloth.decoding import Decoding, row_seed
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.generation import Prompt, continue_ids, read_prompts
-from lwf_unsloth.records import prompt_ids
+from lwf_unsloth.records import prompts_ids
 from lwf_unsloth.rows import prompt_key
 from lwf_unsloth.teacher import OwnTeacher, make_teacher
 from lwf_unsloth.teacher_identity import teacher_identity
@@ -125,8 +126,7 @@ def _check(
     rows: int, kind: str, prompts: Any, decoding: Decoding, template: PromptTemplate
 ) -> None:
     """Raises a ConfigError for settings out of range or without effect."""
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ConfigError(f"rows is {rows!r}, but must be a whole number of 1 or more.")
+    check_count("rows", rows)
     if kind not in KINDS:
         raise ConfigError(f"kind is {kind!r}, but must be one of {KINDS}: nothing else is written.")
     if decoding.greedy and kind != "answers":
@@ -257,9 +257,7 @@ def _choose(writer: _Writer, pairs: list[tuple[str, str]] | None) -> tuple[str, 
     if pairs is None and not head_of(writer.template):
         return "passages", f"Nothing in the template {name!r} leads to an instruction: passages."
     asked = pairs[: len(PROBES)] if pairs else [(probe, "") for probe in PROBES]
-    ended = sum(
-        end for _, end in writer([prompt_ids(writer.tokenizer, *pair) for pair in asked], 0)
-    )
+    ended = sum(end for _, end in writer(prompts_ids(writer.tokenizer, asked), 0))
     kind, what = "passages", "plain passages"
     if ended >= STOPS * len(asked):
         kind, what = ("answers",) * 2 if pairs else ("prompts", "instructions and answers")
@@ -285,7 +283,7 @@ def _answer(
     """Answers prompts in their order until there are enough."""
     for batch in writer.batches(len(pairs)):
         asked = [pairs[i] for i in batch]
-        starts = [prompt_ids(writer.tokenizer, *pair) for pair in asked]
+        starts = prompts_ids(writer.tokenizer, asked)
         for pair, found in zip(asked, writer(starts, first + batch[0]), strict=True):
             sieve.answer(*pair, *found)
         if enough():

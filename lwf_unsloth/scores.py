@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lwf_unsloth.intervals import (
     share_interval,
     statistic_interval,
 )
-from lwf_unsloth.result_table import ResultTable, figure, load_json, save_json, span
+from lwf_unsloth.result_table import ResultTable, Tabled, figure, load_json, span
 from lwf_unsloth.scoring import Score
 from lwf_unsloth.token_stats import BINS, calibration_error
 
@@ -178,7 +177,7 @@ class SetScores:
 
 
 @dataclass(frozen=True, repr=False)
-class Scores(Mapping[str, SetScores]):
+class Scores(Tabled, Mapping[str, SetScores]):
     """What `evaluate` found; shows itself as a table in a notebook."""
 
     sets: Mapping[str, SetScores]
@@ -218,20 +217,6 @@ class Scores(Mapping[str, SetScores]):
         parts = (self.label, str(first.get("model") or ""), f"tuned against {against}")
         return " · ".join(part for part in parts if part)
 
-    def __str__(self) -> str:
-        """The table for a terminal."""
-        return self.table().to_text()
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The table for a notebook."""
-        return self.table().to_html()
-
-    def to_markdown(self) -> str:
-        """The table as markdown."""
-        return self.table().to_markdown()
-
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, the rows' own included; `from_dict` reads it back."""
         return {
@@ -247,14 +232,6 @@ class Scores(Mapping[str, SetScores]):
         """The object that `to_dict` gave."""
         sets = {name: SetScores.from_dict(name, one) for name, one in values["sets"].items()}
         return cls(sets, values["settings"], tuple(values["notes"]), values["label"])
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a JSON file, whole or not at all.
-
-        Returns:
-            Its path.
-        """
-        return save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lwf_unsloth.backend import prepare
+from lwf_unsloth.bars import batch_bar
 from lwf_unsloth.batches import LwFCollator, token_roles
+from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, ModelError
 from lwf_unsloth.generation import adapter_state, model_name
 from lwf_unsloth.hidden import model_hidden, model_logits
-from lwf_unsloth.locks import kept_state, model_lock
+from lwf_unsloth.locks import kept_state, model_lock, why_not_base
 from lwf_unsloth.objective import Objective, probe_tokens
 from lwf_unsloth.records import encode_rows
 from lwf_unsloth.switches import dropout_off
@@ -151,8 +153,7 @@ def score(
         DataError: No row has a token to score.
         ModelError: The model is in use by another thread, or its adapter off is not its base.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size!r}, but must be a whole number from 1.")
+    check_count("batch_size", batch_size)
     if isinstance(base, str) and base != "adapter_off":
         raise ConfigError(
             f'base is {base!r}, but must be "adapter_off", a teacher (make_teacher) or None: '
@@ -205,10 +206,7 @@ def _check_off(model: Any) -> None:
     Raises:
         ModelError: It trains biases, or is merged into the weights.
     """
-    biases = {getattr(one, "bias", "none") for one in getattr(model, "peft_config", {}).values()}
-    merged = any(getattr(module, "merged", False) is True for module in model.modules())
-    if merged or biases - {"none"}:
-        why = "is merged into the weights" if merged else f"trains biases (bias={max(biases)!r})"
+    if why := why_not_base(model):
         raise ModelError(
             f"The adapter {why}, so with the adapter off the model is not its base, and a KL to it "
             "would miss what was learned there. Give base=make_teacher(model), made before the "
@@ -276,7 +274,7 @@ def _row_sums(
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     sums = torch.zeros(4 + 2 * BINS, len(lengths), dtype=torch.float64)
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    for places in _progress(batches):
+    for places in batch_bar(batches, "score"):
         batch = {name: t.to(device) for name, t in collate([encoded[i] for i in places]).items()}
         roles = token_roles(
             batch, "response" if response_only else "all", rehearsal_ce=True, with_kl=True
@@ -332,10 +330,3 @@ def _provenance(model: Any, tokenizer: Any, encoded: list[dict[str, Any]]) -> di
         "weights": weights,
         "data_sha256": hashlib.sha256(ids.encode()).hexdigest(),
     }
-
-
-def _progress(batches: list[list[int]]) -> Iterable[list[int]]:
-    """A progress bar over two batches or more."""
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, desc="score", unit="batch", leave=False, disable=len(batches) < 2)

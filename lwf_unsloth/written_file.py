@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lwf_unsloth.cache_parts import write_whole
 from lwf_unsloth.errors import DataError
+from lwf_unsloth.whole_files import write_whole
 from lwf_unsloth.written_rows import SURPLUS, WrittenReport, WrittenRows
 
 logger = logging.getLogger(__name__)

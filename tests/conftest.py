@@ -121,3 +121,83 @@ def alpaca_rows():
         ]
 
     return rows
+
+
+@pytest.fixture()
+def settings(tmp_path):
+    """Factory of small LwFConfigs: float32, 4 rows a step, one epoch."""
+
+    def make(**changes):
+        from lwf_unsloth.config import LwFConfig
+
+        values = {
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "max_length": 256,
+            "bf16": False,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "rehearsal_ratio": 0.25,
+        }
+        return LwFConfig(str(tmp_path / "run"), **{**values, **changes})
+
+    return make
+
+
+@pytest.fixture()
+def make_trainer(tiny_peft, settings, alpaca_rows):
+    """Factory: a trainer on 12 task rows and 6 rehearsal rows unless told otherwise."""
+
+    def make(
+        model=None, tokenizer=None, task=12, rehearsal=6, teacher=None, eval_dataset=None, **changes
+    ):
+        from datasets import Dataset
+
+        from lwf_unsloth.trainer import LwFTrainer
+
+        if model is None:
+            model, tokenizer = tiny_peft()
+        return LwFTrainer(
+            model,
+            args=settings(**changes),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(alpaca_rows(task)) if isinstance(task, int) else task,
+            rehearsal_dataset=Dataset.from_list(alpaca_rows(rehearsal, "keep"))
+            if rehearsal
+            else None,
+            eval_dataset=eval_dataset,
+            teacher=teacher,
+        )
+
+    return make
+
+
+def change_adapter(model, seed=1):
+    """An adapter that has learned something: LoRA's second factor away from 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+
+
+@pytest.fixture(scope="module")
+def gpu_folders(tmp_path_factory):
+    """Folders of a Llama and of a Gemma shape, and of the Gemma pre-quantised to 4 bits."""
+    import gpu_shapes as gpu
+
+    root = tmp_path_factory.mktemp("shapes")
+    made = {kind: gpu.build(kind, root / kind) for kind in ("llama", "gemma")}
+    return {**made, "prequantised": gpu.quantise(made["gemma"], root / "gemma-4bit")}
+
+
+@pytest.fixture()
+def llama(gpu_folders):
+    """Factory: (model, tokenizer) of the Llama shape in 4 bits, on the GPU."""
+    import gpu_shapes as gpu
+
+    return lambda dtype="float16", **changes: gpu.load(gpu_folders["llama"], dtype, **changes)

@@ -16,10 +16,11 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors schedules kl_budget backend config
+errors checks bars whole_files schedules kl_budget backend config
 load_report formats rows selection sources templates codec records alpaca rehearsal
 loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden
-gguf_files gguf_tokenizer embedded bases model_files loaded model_card adapters merging model
+gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card adapters
+merging model
 checkup memory shapes preflight
 locks teacher cache_parts teacher_identity teacher_cache cache_plan
 prose repeats endings languages lengths asked forms

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import _steps, fits_t4, step_cost, tables  # noqa: E402
+from benchmarks import _results, _steps, fits_t4, step_cost, tables  # noqa: E402
 from benchmarks._steps import Kind, Loop, Size, period, tried  # noqa: E402
 
 
@@ -278,3 +278,23 @@ def test_a_part_that_fails_is_told_with_its_time_and_ends_no_other(capsys):
         raise ValueError("no memory")
     said = capsys.readouterr()
     assert "second, seed 0: 0 s" in said.out and "no memory" in said.err
+
+
+def test_rows_that_are_not_measured_again_stay_with_their_commit(tmp_path, monkeypatch):
+    before = {
+        "meta": {"commit": "old", "date": "2026-01-01", "card": "Card"},
+        "rows": [
+            {"arm": "a", "size": 1, "ms": 5},
+            {"arm": "b", "size": 1, "ms": 6},
+            {"arm": "c", "size": 1, "ms": 7, "commit": "older"},
+        ],
+    }
+    monkeypatch.setattr(_results, "RESULTS", tmp_path)
+    assert _results.earlier_rows("steps", ("arm", "size"), []) == [], "no file yet"
+    (tmp_path / "steps.json").write_text(json.dumps(before))
+    kept = _results.earlier_rows("steps", ("arm", "size"), [{"arm": "a", "size": 1, "ms": 4}])
+    assert [(row["arm"], row["ms"], row["commit"]) for row in kept] == [
+        ("b", 6, "old"),
+        ("c", 7, "older"),
+    ]
+    assert kept[1]["date"] == "2026-01-01" and kept[0]["card"] == "Card"

@@ -99,3 +99,13 @@ def test_a_checkpoint_of_a_run_without_teacher_leaves_the_teacher_alone(tmp_path
     load_teacher(found, folder)
     load_teacher(None, folder)
     assert found.kind == "snapshot" and is_complete(folder)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_named_checkpoint_without_its_state_is_told(make_trainer, tmp_path, caplog, name):
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    folder = tmp_path / "run" / "checkpoint-4"
+    (folder / name).unlink()
+    make_trainer(num_train_epochs=2).train(resume_from_checkpoint=str(folder))
+    assert "checkpoint-4 lacks" in caplog.text
+    assert "will not be the uninterrupted one" in caplog.text

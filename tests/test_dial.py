@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import change_adapter
 
 from lwf_unsloth.adapter_dial import (
     DialResult,
@@ -17,14 +18,6 @@ from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.scoring import score
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
-
-
-def change_adapter(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
 
 
 @pytest.fixture()

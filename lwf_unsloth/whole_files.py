@@ -1,0 +1,42 @@
+"""Files that are there whole or as they were: written beside their place, synced, moved there."""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that at any moment the old one or the whole new one is there."""
+    new = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+    with contextlib.suppress(OSError):  # mounted cloud folders sync no directory; it is written
+        sync(path.parent)
+
+
+def write_whole_text(path: Path, text: str) -> None:
+    r"""`write_whole` of UTF-8 text.
+
+    A lone surrogate has no UTF-8; it becomes ``\uXXXX``, which in JSON reads back the same.
+    """
+    write_whole(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder to disk (folders can't be opened on Windows, and need not be)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
