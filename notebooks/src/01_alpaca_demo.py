@@ -12,7 +12,7 @@
 # *teacher*, the same weights with the adapter off, says what the model used to think of a few plain passages
 # (*rehearsal* rows), and a KL term holds the model to it. That is Learning without Forgetting.
 #
-# On a free T4: about 15 minutes (an estimate, see the README), 5 GB of GPU memory. Runtime > Run all.
+# On a free T4: about 15 minutes (an estimate, see benchmarks/README.md), 5 GB of GPU memory. Runtime > Run all.
 
 # %% [markdown]
 # ## Set up
