@@ -183,8 +183,6 @@ def test_a_kl_on_task_rows_or_of_another_kind_is_no_sign_of_forgetting(tiny_toke
 def test_no_change_of_lambda_that_its_schedule_refuses(schedule, tmp_path):
     from lwf_unsloth.config import LwFConfig
 
-    if not hasattr(LwFConfig, "lwf_lambda_schedule"):
-        pytest.skip("no schedules")
     config = LwFConfig(str(tmp_path), lwf_lambda_schedule=schedule)
     settings = {**SETTINGS, "lwf_lambda_schedule": schedule}
     advice = advise(answers(FINE), known(rise=0.3, rehearsal_rows=20, settings=settings))
