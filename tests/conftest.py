@@ -1,6 +1,7 @@
 """Shared fixtures: a hand-made two-layer model with its own tokenizer, loaded through the real
 FastLanguageModel."""
 
+import logging
 import os
 import shutil
 
@@ -51,6 +52,16 @@ def build_tokenizer(bos: bool = True):
         pad_token="<pad>",
         model_max_length=512,
     )
+
+
+@pytest.fixture(autouse=True)
+def one_log_level_for_every_test():
+    """The command line sets the level of the package's log for its process: here it lasts one
+    test, so that no test's log depends on what ran before it."""
+    log = logging.getLogger("lwf_unsloth")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -387,7 +387,7 @@ def test_lists_and_objects_are_dropped_with_shard_row_field_and_type(tmp_path):
 def test_a_damaged_line_is_dropped_by_its_line_number_and_told(tmp_path, caplog):
     text = '{"instruction":"a","output":"b"}\n\n{"instruction":"a","outp\n'
     text += '{"instruction":"c","output":"d"}\n'
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="lwf_unsloth"):
         report = load_alpaca(write(tmp_path, "a.jsonl", text)).report
     assert report.dropped == {"the line is no JSON object": [3]} and report.kept == 2
     assert "the line is no JSON object: 1 row (3)" in caplog.text

@@ -116,7 +116,7 @@ def test_with_a_budget_that_nothing_meets_the_one_that_forgot_least_is_kept(run,
     trainer, best = run(
         {"every": 1, "budget": 0.0, "general": {"a": [{"text": "The fox sleeps."}]}}
     )
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lwf_unsloth"):
         trainer.train()
     assert best.best.forgetting == min(r.forgetting for r in best.readings) > 0
     assert "none was within the budget" in caplog.text and "else the smallest forgetting" in str(

@@ -134,7 +134,7 @@ def make_trainer(tiny_peft, alpaca_rows, tmp_path):
 
 def test_training_past_the_limit_ends_with_a_checkpoint_and_says_so(make_trainer, tmp_path, caplog):
     trainer = make_trainer(lwf_stop_at_kl=1e-6)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lwf_unsloth"):
         trainer.train()
     assert trainer.state.global_step == WINDOW
     assert (tmp_path / "run" / f"checkpoint-{WINDOW}" / "adapter_model.safetensors").is_file()

@@ -542,7 +542,7 @@ def test_a_body_that_fails_is_given_up_once_and_eager_takes_over(monkeypatch, ca
     monkeypatch.setattr(loss_kernels, "_compiler", broken)
     monkeypatch.setattr(loss_kernels, "_broken", set())
     batch = Batch(dtype=FP32)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="lwf_unsloth"):
         torch.testing.assert_close(batch.gradient(body="compiled"), batch.gradient(body="eager"))
         batch.loss(body="compiled")
     assert [record.message.count("no compiler here") for record in caplog.records] == [1]

@@ -274,7 +274,7 @@ def test_a_batch_that_does_not_fit_is_written_in_halves_with_the_same_rows(write
 
 def test_given_prompts_are_answered_once_each_and_too_few_are_told(write, caplog):
     asked = [lesson(i)["instruction"] for i in range(5)]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="lwf_unsloth"):
         rows = write([*asked, asked[0].upper()], kind="answers")
     assert {row["instruction"] for row in rows} <= {*asked, asked[0].upper()}
     assert "of 8 rehearsal rows could be had from 5 prompts" in caplog.text
