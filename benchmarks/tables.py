@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a file, its own folder stands there instead
+
+from benchmarks import answers_table  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PLACES = [ROOT / "README.md", ROOT / "README.ja.md", ROOT / "benchmarks" / "README.md"]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -373,6 +377,12 @@ def _kept(rows: list[dict[str, Any]]) -> str:
     return f"{sum(a for a, _ in both) / before:.0%}" if before else ""
 
 
+def answers() -> str | None:
+    """The demo prompts before and after, and the run that answered them."""
+    made, result = answers_table.answers(RESULTS), read("main_job_gpu")
+    return None if made is None or result is None else made + source(result)
+
+
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo,
     "gpu": gpu,
@@ -382,6 +392,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "hardware": hardware,
     "self_rehearsal": self_rehearsal,
     "t4": t4,
+    "answers": answers,
 }
 
 

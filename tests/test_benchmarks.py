@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import _results, _steps, fits_t4, step_cost, tables  # noqa: E402
+from benchmarks import _results, _steps, answers_table, fits_t4, step_cost, tables  # noqa: E402
 from benchmarks._steps import Kind, Loop, Size, period, tried  # noqa: E402
 
 
@@ -298,3 +298,22 @@ def test_rows_that_are_not_measured_again_stay_with_their_commit(tmp_path, monke
         ("c", 7, "older"),
     ]
     assert kept[1]["date"] == "2026-01-01" and kept[0]["card"] == "Card"
+
+
+def test_the_answers_table_shows_five_prompts_as_text_that_is_no_markup(tmp_path):
+    assert answers_table.answers(tmp_path) is None
+    before = [{"prompt": f"P{i}", "text": "x" * 900, "stop": "length", "tokens": 256} for i in "ab"]
+    after = [{"prompt": f"P{i}", "text": "<b>7 | 8</b>", "stop": "eos", "tokens": 9} for i in "ab"]
+    folder = tmp_path / answers_table.RUN
+    folder.mkdir()
+    rates = {"before": 0.0, "after": 1.0}
+    sides = {"before": {"answers": before}, "after": {"answers": after}, "eos_rate": rates}
+    (folder / "comparison.json").write_text(json.dumps(sides), encoding="utf-8")
+    table = answers_table.answers(tmp_path)
+    assert table.count("| P") == 2 and "0% → 100%" in table and "comparison.png" not in table
+    assert "x …<br>(cut by length, 256 tokens)" in table and "x" * 300 not in table
+    assert "&#60;b&#62;7 &#124; 8&#60;/b&#62;<br>(ended by itself, 9 tokens)" in table
+    (folder / "comparison.png").write_bytes(b"")
+    assert f"![The five prompts before and after](benchmarks/results/{folder.name}/" in (
+        answers_table.answers(tmp_path)
+    )
