@@ -344,8 +344,10 @@ def self_rehearsal() -> str | None:
     head = ["then code: teacher, rehearsal", "facts before", "facts after", "kept"]
     head += ["NLL of code", "KL", "rise of NLL"]
     tables += [as_table(head, lines)] if lines else []
-    note = "\nKL to the base and rise of NLL: nats a token on 60 general answers held out. Mean"
-    note += " over the seeds, with the standard deviation where there are several.\n"
+    note = ""
+    if tables:
+        note = "\nKL to the base and rise of NLL: nats a token on 60 general answers held out. Mean"
+        note += " over the seeds, with the standard deviation where there are several.\n"
     for rows in parts.get("evaluation", {}).values():
         for row in (row for row in rows if "seconds" in row):
             note += f"Evaluating one adapter, {row['arm']}: {row['seconds']:.0f} s.\n"

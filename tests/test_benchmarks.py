@@ -271,6 +271,22 @@ def test_rows_of_parts_that_are_not_run_again_keep_the_commit_they_were_measured
     assert second_task.other_parts(options) == []
 
 
+def test_the_time_of_evaluating_on_a_gpu_does_not_replace_that_on_a_cpu(tmp_path, monkeypatch):
+    from argparse import Namespace
+
+    from benchmarks import second_task
+
+    monkeypatch.setattr(second_task, "RESULTS", tmp_path)
+    monkeypatch.setattr(second_task, "on_cuda", lambda: True)
+    arms = ["5 sets x 200 rows, CPU", "5 sets x 200 rows, GPU"]
+    rows = [{"part": "evaluation", "arm": arm, "commit": "abc"} for arm in arms]
+    text = json.dumps({"meta": {"commit": "def", "card": "none"}, "rows": rows})
+    (tmp_path / "self_rehearsal.json").write_text(text, encoding="utf-8")
+    options = Namespace(out=None, parts=["evaluation"], smoke=False)
+    (kept,) = second_task.other_parts(options)
+    assert kept["arm"] == arms[0] and kept["commit"] == "abc"
+
+
 def test_a_part_that_fails_is_told_with_its_time_and_ends_no_other(capsys):
     from benchmarks.second_task import timed
 
