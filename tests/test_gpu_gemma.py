@@ -153,3 +153,30 @@ def test_gemma_2b_widths_take_fp16_steps_without_holding_the_logits(wide, tmp_pa
     assert all(torch.isfinite(value).all() for value in gpu.trained(model).values())
     logits = 4 * 511 * 256000 * 2  # bytes of one side's, in fp16
     assert torch.cuda.max_memory_allocated() - before < 2 * logits, "both sides' would be more"
+
+
+def test_gemma_2b_widths_have_no_nan_in_fp16_at_any_temperature_and_length(wide, tmp_path):
+    """Temperature 0.5 sharpens the differences between logits and 4 scales the KL by 16."""
+    model, tokenizer = gpu.load(wide, "float16", max_seq_length=2048)
+    draw = torch.Generator().manual_seed(1)
+    for temperature in (0.5, 1.0, 2.0, 4.0):
+        for length, batch in ((33, 4), (512, 4), (2048, 2)):
+            rows = torch.randint(3, 256000, (2 * batch, length), generator=draw).tolist()
+            trainer = gpu.make_trainer(
+                model,
+                tokenizer,
+                tmp_path / f"{temperature}-{length}",
+                task=Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows]),
+                rehearsal=0,
+                lwf_rows="all",
+                lwf_temperature=temperature,
+                max_length=length,
+                per_device_train_batch_size=batch,
+                learning_rate=1e-3,
+                logging_steps=1,
+                max_steps=3,
+            )
+            trainer.train()
+            values = gpu.logged(trainer, "kl") + gpu.logged(trainer)
+            assert len(values) == 6 and all(map(math.isfinite, values)), (temperature, length)
+    assert all(torch.isfinite(value).all() for value in gpu.trained(model).values())
