@@ -10,6 +10,7 @@ from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.kl_budget import check_budget
 from lwf_unsloth.schedules import schedules_of
+from lwf_unsloth.without_effect import check_without_effect
 
 prepare()
 
@@ -320,9 +321,10 @@ def check_lwf(config: LwFConfig) -> None:
         raise _refuse(
             "train_on", config.train_on, '"response" or "all"', "it says which tokens are labels"
         )
-    if config.packing or config.padding_free:
+    check_without_effect(config, own_loss=config.lwf_lambda > 0)
+    if config.packing or config.padding_free or config.eval_packing:
         raise ConfigError(
-            "packing and padding_free join rows, but KL and rehearsal act by row: leave both False."
+            "packing and padding_free join rows, but KL and rehearsal act by row: leave them False."
         )
     if not _is_number(config.label_smoothing_factor) or not 0 <= config.label_smoothing_factor < 1:
         raise _refuse(

@@ -22,12 +22,14 @@ from lwf_unsloth.guard import FiniteSteps
 from lwf_unsloth.hidden import model_logits
 from lwf_unsloth.kl_meter import KLMeter
 from lwf_unsloth.locks import model_lock
+from lwf_unsloth.measured import Measured
 from lwf_unsloth.meters import Meter
 from lwf_unsloth.objective import Objective, probe_tokens
 from lwf_unsloth.prechecks import (
     check_trainable,
     match_model,
     resolve_rows,
+    restore_precision,
     stop_probability,
     warn_stopping,
     warn_warmup,
@@ -39,6 +41,7 @@ from lwf_unsloth.strength import Strength
 from lwf_unsloth.teacher import Teacher, make_teacher
 from lwf_unsloth.teacher_cache import CachedTeacher
 from lwf_unsloth.train_data import ENCODED, RowEncoder, written_rehearsal
+from lwf_unsloth.without_effect import check_without_effect
 
 prepare()
 
@@ -51,7 +54,7 @@ REFUSED = ("data_collator", "formatting_func", "compute_loss_func", "peft_config
 COLUMNS = ["input_ids", "labels", "is_rehearsal", "prompt_length"]
 
 
-class LwFTrainer(SFTTrainer):
+class LwFTrainer(Measured, SFTTrainer):
     """Fine-tunes on task rows while the KL to the teacher keeps what the model knew.
 
     loss = sum CE / N_ce + lambda * sum KL / N_kl, N counted over the whole accumulated batch and
@@ -101,6 +104,7 @@ class LwFTrainer(SFTTrainer):
         match_model(args, model)
         self.lwf_rows = resolve_rows(args, rehearsal_dataset)
         self.plain = args.lwf_lambda == 0 and self.lwf_rows == "none"
+        check_without_effect(args, own_loss=not self.plain)
         self.label_smoothing = args.label_smoothing_factor
         if not self.plain:
             args.label_smoothing_factor = 0.0
@@ -128,7 +132,7 @@ class LwFTrainer(SFTTrainer):
         self.args.max_length = self._encode.max_length
         self.args.fp16_full_eval = self.args.bf16_full_eval = False
         self.add_callback(FiniteSteps())
-        _restore_precision(self.model, precise)
+        restore_precision(self.model, precise)
         self._start(teacher)
 
     # ------------------------------------------------------------------ set-up
@@ -295,49 +299,6 @@ class LwFTrainer(SFTTrainer):
         """Temperature at this step."""
         return self.strength.at(self.state)[1]
 
-    # ------------------------------------------------------- evaluation and log
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: Any = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One evaluation batch; logits only where a metric needs them."""
-        if self.plain:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            if prediction_loss_only:
-                return self.compute_loss(model, inputs), None, None
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            return loss, outputs["logits"], inputs["labels"]
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> Any:
-        """As TRL's; `task_loss` and `kl` are weighted by tokens, `loss` is the task loss."""
-        self._eval_prefix = metric_key_prefix
-        self._meters["eval"] = Meter()  # what predict, or an evaluation that was cut off, has left
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds task_loss, kl, kl_task and kl_rehearsal, in nats per token, to what the Trainer
-        logs.
-        """
-        prefix = getattr(self, "_eval_prefix", "eval")
-        if f"{prefix}_loss" in logs and not self.plain:
-            found = self._meters["eval"].take(self.accelerator)
-            logs[f"{prefix}_loss"] = found["task_loss"]
-            logs.update(
-                {f"{prefix}_{name}": found[name] for name in ("task_loss", "kl") if name in found}
-            )
-        elif "loss" in logs:
-            logs.update(self._meters["train"].take(self.accelerator) or {"task_loss": logs["loss"]})
-            logs.update(self.strength.logged())
-        super().log(logs, start_time)
-
     # ------------------------------------------------------- run and checkpoints
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -383,15 +344,3 @@ class LwFTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_teacher(self.teacher, Path(resume_from_checkpoint))
         self.strength.load(Path(resume_from_checkpoint))
-
-
-def _restore_precision(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Gives trained tensors their dtype back.
-
-    TRL casts the adapters of a 4-bit model to bf16, where a rate of 2e-4 loses most small updates
-    and a T4 has no arithmetic; Unsloth's CUDA path leaves them in fp32, and so does this on every
-    device.
-    """
-    for name, parameter in model.named_parameters():
-        if name in before and parameter.dtype != before[name].dtype:
-            parameter.data = before[name].to(parameter.device)

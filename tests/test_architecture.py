@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors checks bars whole_files schedules kl_budget backend config
+errors checks bars whole_files schedules kl_budget without_effect backend config
 load_report formats rows selection sources templates codec records alpaca rehearsal
 loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden
 gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card adapters
@@ -25,7 +25,7 @@ checkup memory shapes preflight
 locks teacher cache_parts teacher_identity teacher_cache cache_plan
 prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
-batches checkpoints objective meters kl_meter strength prechecks progress guard train_data trainer
+batches checkpoints objective meters measured kl_meter strength prechecks progress guard train_data trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
 eval_sets evaluation adapter_dial best_adapter
 diagnosis facts loss_curve advice comparison
