@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import trl
 
 from lwf_unsloth.backend import prepare
 
