@@ -96,6 +96,18 @@ def _match_checkpointing(args: LwFConfig, model: nn.Module) -> None:
         args.gradient_checkpointing_kwargs = {"use_reentrant": True, **given}
 
 
+def restore_precision(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Gives trained tensors their dtype back.
+
+    TRL casts the adapters of a 4-bit model to bf16, where a rate of 2e-4 loses most small updates
+    and a T4 has no arithmetic; Unsloth's CUDA path leaves them in fp32, and so does this on every
+    device.
+    """
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name].dtype:
+            parameter.data = before[name].to(parameter.device)
+
+
 def resolve_rows(args: LwFConfig, rehearsal: Any) -> str:
     """Where the KL acts: "none", or one of `lwf_rows` without "auto".
 

@@ -25,7 +25,8 @@ checkup memory shapes preflight
 locks teacher cache_parts teacher_identity teacher_cache cache_plan
 prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
-batches checkpoints objective meters measured kl_meter strength prechecks progress guard train_data trainer
+batches checkpoints objective meters measured kl_meter strength prechecks progress guard train_data
+trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
 eval_sets evaluation adapter_dial best_adapter
 diagnosis facts loss_curve advice comparison
