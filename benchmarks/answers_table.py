@@ -46,6 +46,29 @@ def answers(results: Path) -> str | None:
     return "\n".join(lines) + "\n"
 
 
+def demo_answers(result: dict[str, Any], count: int = 6) -> str:
+    """The first held-out questions of the demo, right answers and wrong ones as they come.
+
+    Args:
+        result: demo_cpu_answers.json.
+        count: Questions shown.
+
+    Returns:
+        The table as markdown.
+    """
+    from lwf_unsloth.markup import markdown_text
+
+    lines = ["| asked in words that were not trained | before | after |", "|---|---|---|"]
+    for row in result["rows"][:count]:
+        cells = [row["prompt"]]
+        for side in ("before", "after"):
+            text = row[side].strip().split("\n")[0]
+            text = text if len(text) <= 110 else text[:110].rsplit(" ", 1)[0] + " …"
+            cells.append(text + " (cut by length)" * (row[f"{side}_stop"] != "eos"))
+        lines.append("| " + " | ".join(markdown_text(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _answer(answer: dict[str, Any]) -> str:
     """The beginning of an answer and how it ended."""
     text = answer["text"].strip() or "(no text)"

@@ -385,6 +385,12 @@ def answers() -> str | None:
     return None if made is None or result is None else made + source(result)
 
 
+def demo_answers() -> str | None:
+    """The demo's first held-out questions."""
+    result = read("demo_cpu_answers")
+    return None if result is None else answers_table.demo_answers(result) + source(result)
+
+
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo,
     "gpu": gpu,
@@ -395,6 +401,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "self_rehearsal": self_rehearsal,
     "t4": t4,
     "answers": answers,
+    "demo_answers": demo_answers,
 }
 
 

@@ -333,3 +333,15 @@ def test_the_answers_table_shows_five_prompts_as_text_that_is_no_markup(tmp_path
     assert f"![The five prompts before and after](benchmarks/results/{folder.name}/" in (
         answers_table.answers(tmp_path)
     )
+
+
+def test_the_demos_questions_are_shown_in_their_order_and_a_cut_answer_says_so():
+    rows = [
+        {"prompt": f"Q{i}", "before": "a\nb", "before_stop": "length", "after": "c " * 90}
+        | {"after_stop": "eos"}
+        for i in range(9)
+    ]
+    table = answers_table.demo_answers({"rows": rows}, count=2)
+    lines = table.splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| Q0 | a (cut by length) | c c")
+    assert lines[3].endswith("c … |") and len(lines[3]) < 160
