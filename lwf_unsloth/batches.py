@@ -57,6 +57,24 @@ def prompt_length(row: dict[str, Any]) -> int:
     )
 
 
+def without_repeats(batch: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """A batch whose rows from `rows` on carry no term; the batch itself where there are none.
+
+    Among several processes the last forward of an epoch, or of an evaluation, is filled up with
+    rows that came before.
+
+    Args:
+        batch: What `LwFCollator` gives.
+        rows: Its own rows: the first ones.
+    """
+    if rows >= len(batch["labels"]):
+        return batch
+    rows = max(rows, 0)
+    labels, mask = batch["labels"].clone(), batch["attention_mask"].clone()
+    labels[rows:], mask[rows:] = IGNORED, 0
+    return {**batch, "labels": labels, "attention_mask": mask}
+
+
 @dataclass(frozen=True)
 class Roles:
     """Which target tokens carry which term; all of shape (B, T-1), position t predicts token

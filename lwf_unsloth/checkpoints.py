@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lwf_unsloth.errors import TeacherError
+from lwf_unsloth.errors import ConfigError, TeacherError
+from lwf_unsloth.ranks import from_first, together
 from lwf_unsloth.teacher import OwnTeacher, Teacher
 from lwf_unsloth.teacher_cache import CachedTeacher
 
@@ -58,6 +59,23 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
             "%s is not complete (a save was cut off); taking an earlier one.", folder.name
         )
     return None
+
+
+def common_checkpoint(output_dir: str | Path) -> Path | None:
+    """`latest_checkpoint`, the same one in every process of a run on several.
+
+    Raises:
+        ConfigError: The first process found one that another cannot see.
+    """
+    found = from_first(lambda: latest_checkpoint(output_dir), "look for a checkpoint")
+    with together("read the checkpoint"):
+        if found is not None and not found.is_dir():
+            raise ConfigError(
+                f"{found} is there for the first process and not for this one: they would train "
+                "on different adapters. Put output_dir on a disk that all machines share, or copy "
+                "the checkpoint to each."
+            )
+    return found
 
 
 def tell_missing(folder: Path) -> None:

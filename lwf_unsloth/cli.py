@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lwf_unsloth.errors import ConfigError, DataError, LwfError
+from lwf_unsloth.ranks import rank, wait_to_end, world
 
 app = typer.Typer(
     name="lwf-unsloth",
@@ -35,6 +36,11 @@ training:                    # LwFConfig
 data:
   task: my_task.jsonl        # what load_alpaca takes; a list with shares: [0.8, 0.2]
   rehearsal: general.jsonl   # Alpaca rows; or self, or rehearsal_text: passages.jsonl
+
+\b
+The same file on several GPUs, per_device_train_batch_size rows on each:
+  torchrun --nproc_per_node 2 -m lwf_unsloth train FILE
+  accelerate launch --num_processes 2 -m lwf_unsloth train FILE
 """
 """\\b keeps the lines below it as they are."""
 SWEEP_HELP = """Try settings against each other, as a YAML file says; run it again to go on.
@@ -73,11 +79,21 @@ Batch = Annotated[int, typer.Option(min=1, help="Rows at a time: speed and memor
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and every log line.")] = False,
 ) -> None:
     """Sets logging up; the library itself never does."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO if debug else logging.WARNING)
-    logging.getLogger("lwf_unsloth").setLevel(logging.DEBUG if debug else logging.WARNING)
+    quiet = logging.WARNING if rank() == 0 else logging.ERROR  # of several processes one tells
+    logging.basicConfig(format="%(message)s", level=logging.INFO if debug else quiet)
+    logging.getLogger("lwf_unsloth").setLevel(logging.DEBUG if debug else quiet)
+    if world() > 1 and context.invoked_subcommand != "train":
+        refusal = ConfigError(
+            f"{world()} processes were started for `{context.invoked_subcommand}`, which is the "
+            "work of one: each would write the same files. Start it without torchrun or "
+            "accelerate launch; only `train` runs on several."
+        )
+        refusal.told = rank() > 0
+        raise refusal
 
 
 @app.command()
@@ -116,10 +132,18 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file.", show_default=False)],
     resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
 ) -> None:
-    """Trains as a YAML file says."""
+    """Trains as a YAML file says; in every process of torchrun or accelerate launch."""
+    from lwf_unsloth import ranks
     from lwf_unsloth.train_file import read_train_file, train_from
 
-    typer.echo(f"The adapter: {train_from(read_train_file(config), resume=resume)}")
+    ranks.check_launch()
+    with ranks.together("read the file"):
+        file = read_train_file(config)
+        ranks.start(file.training.get("ddp_timeout"))
+    folder = train_from(file, resume=resume)
+    if rank() == 0:
+        typer.echo(f"The adapter: {folder}")
+    ranks.leave()
 
 
 @app.command(help=SWEEP_HELP)
@@ -314,7 +338,10 @@ def main() -> None:
     except (LwfError, ImportError) as error:
         if debug:
             raise
-        typer.echo(f"Error: {error}\n(--debug shows where it happened.)", err=True)
+        if not getattr(error, "told", False):
+            where = "Error" if world() == 1 else f"Error in process {rank()} of {world()}"
+            typer.echo(f"{where}: {error}\n(--debug shows where it happened.)", err=True)
+        wait_to_end(error)
         sys.exit(2)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.kl_budget import check_budget
+from lwf_unsloth.ranks import check_launch
 from lwf_unsloth.schedules import schedules_of
 from lwf_unsloth.without_effect import check_without_effect
 
@@ -235,6 +236,7 @@ class LwFConfig(SFTConfig):
         Raises:
             ConfigError: A value out of range; names the field, the value and the range.
         """
+        check_launch(self)
         self._precision_given = bool(self.fp16) or self.bf16 is not None
         check_lwf(self)
         super().__post_init__()

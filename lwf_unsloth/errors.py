@@ -4,6 +4,9 @@
 class LwfError(ValueError):
     """Base of every error that lwf_unsloth raises on purpose."""
 
+    told: bool = False
+    """Whether another process of the run gives this message out."""
+
 
 class DataError(LwfError):
     """A source, row, column, template or split that cannot be trained on."""
@@ -19,3 +22,7 @@ class ModelError(LwfError):
 
 class TeacherError(LwfError):
     """A teacher that would give wrong targets: another vocabulary, base or adapter."""
+
+
+class RankError(LwfError):
+    """Another process of a run on several failed, and with it this one."""

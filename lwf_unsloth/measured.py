@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_unsloth.backend import prepare
+from lwf_unsloth.batches import without_repeats
 from lwf_unsloth.meters import Meter
 
 prepare()
@@ -21,6 +22,31 @@ class Measured(Trainer):
     strength: Any
     """Its `Strength`."""
     _meters: dict[str, Meter]
+    _drawn: int
+    """Rows that the sampler draws in an epoch."""
+
+    def _rank_batch(self, batch: int) -> int:
+        """Rows of a process's forward, of a data loader's batch size."""
+        split = self.args.accelerator_config.split_batches
+        return batch // self.accelerator.num_processes if split else batch
+
+    def _counted_once(
+        self, inputs: dict[str, Any], batch: int, drawn: int | None = None
+    ) -> dict[str, Any]:
+        """The newest forward without the terms of rows that fill it up; see `without_repeats`.
+
+        Args:
+            inputs: What `LwFCollator` gave; not changed.
+            batch: The data loader's batch size.
+            drawn: Rows of the whole epoch; None takes those of the data set.
+        """
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or not state.end_of_dataloader:
+            return inputs
+        batch = self._rank_batch(batch)
+        left = state.remainder if drawn is None else drawn % (batch * processes)
+        own = left - batch * self.accelerator.process_index
+        return without_repeats(inputs, own) if left > 0 else inputs
 
     def prediction_step(
         self,
@@ -30,9 +56,11 @@ class Measured(Trainer):
         ignore_keys: Any = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """One evaluation batch; logits only where a metric needs them."""
+        once = self._counted_once(inputs, self.args.eval_batch_size)
         if self.plain:
+            inputs = {**inputs, "labels": once["labels"]}
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(once)
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None

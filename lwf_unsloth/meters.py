@@ -43,11 +43,13 @@ class Meter:
             `task_loss`, `kl`, `kl_task`, `kl_rehearsal`, `rehearsal_loss` in nats per token; those
             without tokens are left out.
         """
-        if self.sums is None:
-            return {}
         sums, self.sums = self.sums, None
         if accelerator is not None and accelerator.num_processes > 1:
+            if sums is None:  # the others may have some, and wait for this process's
+                sums = torch.zeros(8, dtype=torch.float64, device=accelerator.device)
             sums = accelerator.gather(sums[None]).sum(0)
+        if sums is None:
+            return {}
         ce, kl, n_ce, n_kl = (part.tolist() for part in sums.reshape(4, 2))
         found = {"kl": _mean(sum(kl), sum(n_kl))}
         for i, name in enumerate(NAMES):

@@ -18,6 +18,7 @@ from lwf_unsloth.loaded import (
 )
 from lwf_unsloth.merging import merge_model
 from lwf_unsloth.model_files import ModelFiles, cached, find_model, hub_in_reach
+from lwf_unsloth.ranks import check_launch, own_device_map
 from lwf_unsloth.records import check_tokenizer
 
 __all__ = [
@@ -140,6 +141,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any, LoadedModel]:
         ModelError: As `load_model`.
         ConfigError: As `load_model`.
     """
+    check_launch()
     prepare()
     files = find_model(config)
     arguments = _arguments(config, files)
@@ -231,8 +233,9 @@ def _arguments(config: ModelConfig, files: ModelFiles) -> dict[str, Any]:
     }
     if config.revision is not None and files.kind == "hub":
         arguments["revision"] = config.revision
-    if config.device_map is not None:
-        arguments["device_map"] = config.device_map
+    device_map = own_device_map(config.device_map)
+    if device_map is not None:
+        arguments["device_map"] = device_map
     changed = _own_quantization(config)
     if not config.load_in_4bit or files.prequantized or not changed:
         return arguments

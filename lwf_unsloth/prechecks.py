@@ -3,11 +3,13 @@ stops.
 """
 
 import logging
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from lwf_unsloth import ranks
 from lwf_unsloth.backend import native_bf16, on_cuda
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import ConfigError, ModelError
@@ -51,6 +53,7 @@ def match_model(args: LwFConfig, model: nn.Module) -> None:
             f"args is a {type(args).__name__}, but must be an LwFConfig, which is an SFTConfig "
             "with the lwf_ and rehearsal settings: give it the same settings by the same names."
         )
+    _match_processes(args)
     dtype = getattr(model, "dtype", torch.float32)
     if not args._precision_given:
         args.fp16 = on_cuda() and dtype == torch.float16
@@ -79,6 +82,36 @@ def match_model(args: LwFConfig, model: nn.Module) -> None:
             args.max_length,
         )
         args.max_length = limit
+
+
+def _match_processes(args: LwFConfig) -> None:
+    """One GPU a process, and DDP for several processes as the loss needs it.
+
+    Raises:
+        ConfigError: Several processes that do not know of each other.
+    """
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are visible and one is used: a process trains on one. To use all, start with "
+            "`torchrun --nproc_per_node %d -m lwf_unsloth train FILE` (or `accelerate launch`).",
+            args.n_gpu,
+            args.n_gpu,
+        )
+        args._n_gpu = 1
+    if args.world_size != ranks.world():
+        raise ConfigError(
+            f"{ranks.world()} processes were started together, but the training arguments know of "
+            f"{args.world_size}: each would train alone and write over the others' files. Make the "
+            "LwFConfig after the start, on devices of one kind, and leave use_cpu and ddp_backend "
+            "as they are."
+        )
+    if args.world_size > 1:  # every LoRA weight is in every loss; no buffer changes
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False
+            said = "`broadcast_buffers` is deprecated"  # there is no other setting for it yet
+            warnings.filterwarnings("ignore", message=said, category=FutureWarning)
 
 
 def _match_checkpointing(args: LwFConfig, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Sampler
 
 from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.rank_shares import dealt
 from lwf_unsloth.rows import as_rows, row_key
 
 if TYPE_CHECKING:
@@ -203,15 +204,38 @@ class RehearsalSampler(Sampler[int]):
     seen.
     """
 
-    def __init__(self, n_task: int, n_rehearsal: int, ratio: float, *, seed: int = 42) -> None:
+    def __init__(
+        self,
+        n_task: int,
+        n_rehearsal: int,
+        ratio: float,
+        *,
+        seed: int = 42,
+        ranks: int = 1,
+        batch: int = 1,
+        steps: int = 1,
+    ) -> None:
+        """Makes the first epoch's order.
+
+        Args:
+            n_task: Task rows.
+            n_rehearsal: Rehearsal rows in the pool.
+            ratio: Share of rehearsal rows.
+            seed: Of every epoch's order.
+            ranks: Processes that train together, each of which gets its share; see `dealt`.
+            batch: Rows of a process's forward.
+            steps: Forwards of an optimizer step.
+        """
         self.n_task, self.n_rehearsal = n_task, n_rehearsal
         self.ratio, self.seed, self.epoch = check_ratio(ratio), seed, 0
+        self._deal = {"ranks": ranks, "batch": batch, "steps": steps}
         self._order: tuple[int, list[int]] = (0, self._epoch_order(0))
 
     def _epoch_order(self, epoch: int) -> list[int]:
-        return rehearsal_order(
+        order = rehearsal_order(
             self.n_task, self.n_rehearsal, self.ratio, seed=self.seed, epoch=epoch
         )
+        return dealt(order, self.n_task, self.ratio, **self._deal)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration gives, counted from 0."""

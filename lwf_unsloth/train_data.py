@@ -11,6 +11,7 @@ from lwf_unsloth.alpaca import encode_rows
 from lwf_unsloth.batches import IGNORED, prompt_length
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.ranks import from_first
 from lwf_unsloth.rehearsal import drop_overlap, rehearsal_count
 from lwf_unsloth.row_writer import self_rehearsal
 from lwf_unsloth.teacher import adapter_is_fresh
@@ -153,7 +154,8 @@ def written_rehearsal(
         )
     if args.rehearsal_ratio == 0 or task is None or not len(task):
         return None
-    with args.main_process_first(local=False, desc="rehearsal rows"):
+
+    def write() -> Any:
         return self_rehearsal(
             model if teacher is None else teacher,
             tokenizer,
@@ -164,6 +166,8 @@ def written_rehearsal(
             rewrite=True,
             progress=not args.disable_tqdm,
         )
+
+    return from_first(write, "write rehearsal rows")
 
 
 def usable_rehearsal(args: LwFConfig, n_task: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.ranks import from_first, together
 
 SECTIONS = ("model", "training", "data")
 TASK_KEYS = ("shares", "columns", "limit", "test_size", "seed", "split")
@@ -75,7 +76,7 @@ def checked_sections(path: Path, values: Any) -> TrainFile:
 
 
 def train_from(file: TrainFile, *, resume: bool = False) -> Path:
-    """Trains as the file says and saves the adapter.
+    """Trains as the file says and saves the adapter; in one process, or in each of several.
 
     Args:
         file: From `read_train_file`.
@@ -87,7 +88,12 @@ def train_from(file: TrainFile, *, resume: bool = False) -> Path:
     Raises:
         LwfError: Unknown or wrong settings, bad data, a model that cannot be loaded.
     """
-    trainer = trainer_from(file, settings_of(file), *load_data(file))
+    with together("take the settings"):
+        args = settings_of(file)
+    with together("read the data"):
+        task, rehearsal = load_data(file)
+    with together("load the model and make the trainer"):
+        trainer = trainer_from(file, args, task, rehearsal)
     trainer.train(resume_from_checkpoint=True if resume else None)
     return save_trained(trainer)
 
@@ -145,13 +151,16 @@ def trainer_from(file: TrainFile, args: Any, task: Any, rehearsal: Any) -> Any:
 
 
 def save_trained(trainer: Any) -> Path:
-    """Saves the adapter, with a card of settings and rows, into the run's output_dir."""
+    """Saves the adapter, with a card of settings and rows, into the run's output_dir; of several
+    processes the first writes, and the others wait.
+    """
     from lwf_unsloth.adapters import save_adapter
 
     rows = {"task": trainer.rows.n_task, "rehearsal": trainer.rows.n_rehearsal}
     card = {"settings": trainer.args.lwf_settings(), "rows": rows}
     folder = Path(trainer.args.output_dir) / "adapter"
-    return save_adapter(trainer.model, trainer.processing_class, folder, card=card)
+    given = (trainer.model, trainer.processing_class, folder)
+    return from_first(lambda: save_adapter(*given, card=card), "save the adapter")
 
 
 def read_yaml(path: Path) -> Any:

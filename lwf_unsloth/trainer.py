@@ -15,7 +15,7 @@ from lwf_unsloth.alpaca import check_tokenizer
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import LwFCollator, Roles, token_roles
 from lwf_unsloth.cache_plan import with_cache
-from lwf_unsloth.checkpoints import latest_checkpoint, load_teacher, save_teacher, tell_missing
+from lwf_unsloth.checkpoints import common_checkpoint, load_teacher, save_teacher, tell_missing
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.guard import FiniteSteps
@@ -205,7 +205,17 @@ class LwFTrainer(Measured, SFTTrainer):
             return super()._get_train_sampler(*args, **kwargs)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         ratio = self.args.rehearsal_ratio if self.rows.n_rehearsal else 0.0
-        return RehearsalSampler(self.rows.n_task, self.rows.n_rehearsal, ratio, seed=seed)
+        sampler = RehearsalSampler(
+            self.rows.n_task,
+            self.rows.n_rehearsal,
+            ratio,
+            seed=seed,
+            ranks=self.args.world_size,
+            batch=self._rank_batch(self._train_batch_size),
+            steps=self.args.gradient_accumulation_steps,
+        )
+        self._drawn = len(sampler)
+        return sampler
 
     def _send_telemetry(self) -> None:
         """No usage data is sent."""
@@ -226,6 +236,8 @@ class LwFTrainer(Measured, SFTTrainer):
         samples, items = super().get_batch_samples(*args, **kwargs)
         if self.plain or not samples:
             return samples, items
+        if not self.args.dataloader_drop_last:
+            samples[-1] = self._counted_once(samples[-1], self._train_batch_size, self._drawn)
         counts = (
             torch.stack([self._roles(batch, True).counts for batch in samples])
             .sum(0)
@@ -306,7 +318,7 @@ class LwFTrainer(Measured, SFTTrainer):
         anew without one.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = common_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 logger.warning(
                     "No complete checkpoint in %s: starting from the first step.",

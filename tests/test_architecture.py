@@ -16,8 +16,10 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors checks bars whole_files schedules kl_budget without_effect backend config
-load_report formats rows selection sources templates codec records alpaca rehearsal
+errors checks bars whole_files schedules kl_budget without_effect backend ranks
+config
+load_report formats rows selection sources templates codec records alpaca
+rank_shares rehearsal
 loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden
 gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card adapters
 merging model
