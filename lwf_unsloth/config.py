@@ -3,11 +3,13 @@ the training.
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.field_types import check_fields
 from lwf_unsloth.kl_budget import check_budget
 from lwf_unsloth.ranks import check_launch
 from lwf_unsloth.schedules import schedules_of
@@ -84,22 +86,15 @@ class ModelConfig:
         Raises:
             ConfigError: A value out of range; names the field, the value and the range.
         """
-        if not isinstance(self.model_name, str) or not self.model_name.strip():
+        check_fields(self)
+        self.model_name = os.fspath(self.model_name)
+        if not self.model_name.strip():
             raise _refuse(
                 "model_name",
                 self.model_name,
                 "a hub id, folder or embedded name",
                 "there is no model to load",
             )
-        for name in ("max_seq_length", "r", "lora_alpha"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise _refuse(
-                    name,
-                    value,
-                    "a whole number of 1 or more",
-                    "no model or adapter has such a size",
-                )
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise _refuse("lora_dropout", self.lora_dropout, "in 0 <= p < 1", "it is a probability")
         choices = {
@@ -239,7 +234,11 @@ class LwFConfig(SFTConfig):
         check_launch(self)
         self._precision_given = bool(self.fp16) or self.bf16 is not None
         check_lwf(self)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except Exception as error:
+            said = str(error).strip() or type(error).__name__
+            raise ConfigError(f"These settings do not go together: {said}") from error
 
     @classmethod
     def document(cls, output_dir: str = "runs/document", **changes: Any) -> "LwFConfig":
@@ -300,6 +299,7 @@ def check_lwf(config: LwFConfig) -> None:
     Raises:
         ConfigError: A value out of range, or settings that leave a part without effect.
     """
+    check_fields(config)
     if not _is_number(config.lwf_lambda) or config.lwf_lambda < 0:
         raise _refuse("lwf_lambda", config.lwf_lambda, "a number >= 0", "it weighs the KL term")
     if not _is_number(config.lwf_temperature) or config.lwf_temperature <= 0:
