@@ -199,6 +199,11 @@ class PartStore:
             more,
         )
 
+    def look(self) -> None:
+        """Looks at once whether other ranks have written since."""
+        self._looked = -REFRESH_SECONDS
+        self._refresh()
+
     def _refresh(self) -> None:
         """Looks, not too often, whether other ranks have written since."""
         if time.monotonic() - self._looked < REFRESH_SECONDS:

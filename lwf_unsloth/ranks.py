@@ -7,6 +7,7 @@ a group of their own on the CPU, so that a long wait is no time-out of the group
 
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -104,7 +105,9 @@ def check_launch(args: Any = None) -> None:
     if world() == 1:
         return
     if not on_cuda():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would train alone
+        # Without the first each process would train alone; without the second its device is
+        # "cpu:0", to which torch cannot load a checkpoint's optimizer.
+        os.environ.update(ACCELERATE_USE_CPU="true", ACCELERATE_TORCH_DEVICE="cpu")
         return
     import torch
 
@@ -230,6 +233,8 @@ def wait_to_end(error: BaseException) -> None:
 
         with suppress(Exception):  # the first one may have ended by itself
             distributed.barrier(group=_group())
+    elif getattr(error, "told", False):
+        time.sleep(3)  # they do not know each other yet
 
 
 def _text(error: Exception) -> str:

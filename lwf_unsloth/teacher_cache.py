@@ -20,6 +20,7 @@ from lwf_unsloth.cache_parts import PartStore, Row, digest, mark_of
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.loss_kernels import shape_logits
 from lwf_unsloth.losses import Head, TopK, top_k
+from lwf_unsloth.ranks import together
 from lwf_unsloth.teacher import ModelTeacher, OwnTeacher
 from lwf_unsloth.teacher_identity import teacher_identity
 
@@ -141,6 +142,15 @@ class CachedTeacher:
                 100 * mass / tokens,
             )
             self._rest = [0.0, 0.0]
+
+    def share(self) -> None:
+        """Writes what is in memory; when all processes have, each knows the others' rows."""
+        with together("write the teacher cache"):
+            if self._store is not None:
+                self._harvest()
+                self._store.flush()
+        if self._store is not None:
+            self._store.look()
 
     # ------------------------------------------------------------------ a batch
 

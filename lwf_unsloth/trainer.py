@@ -15,6 +15,7 @@ from lwf_unsloth.alpaca import check_tokenizer
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import LwFCollator, Roles, token_roles
 from lwf_unsloth.cache_plan import with_cache
+from lwf_unsloth.cache_sharing import CacheSharing
 from lwf_unsloth.checkpoints import common_checkpoint, load_teacher, save_teacher, tell_missing
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import ConfigError
@@ -169,6 +170,8 @@ class LwFTrainer(Measured, SFTTrainer):
                 self.lwf_rows,
                 from_logits=self.objective.full_logits,
             )
+            if self.args.world_size > 1 and isinstance(self.teacher, CachedTeacher):
+                self.add_callback(CacheSharing(self.teacher))
             logger.info("%s", self.teacher)
             if self.rows.n_rehearsal:
                 self._check_stopping(given)
