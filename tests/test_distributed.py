@@ -304,6 +304,20 @@ data: {{task: task.jsonl, rehearsal: task.jsonl, test_size: 2}}
     assert code != 0 and "the disk is full" in said, said[-3000:]
 
 
+@pytest.mark.slow
+def test_the_benchmark_runs_on_two_in_a_tiny_shape(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.ddp", "--smoke", "--out", str(tmp_path)]
+    command += ["--arms", "ours", "--folder", str(tmp_path / "model")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+    result = json.loads((tmp_path / "ddp.json").read_text(encoding="utf-8"))
+    assert str(tmp_path) not in json.dumps(result), "no place on this machine"
+    rows = {(row["ranks"], row["arm"]): row for row in result["rows"]}
+    assert rows[2, "ours"]["tokens_per_second"] > 0 and rows[1, "ours"]["speedup"] == 1
+    assert rows[2, "gradient_shared"]["grad_error"] < 1e-5
+    assert rows[1, "gradient_accumulated"]["grad_error"] < 1e-5
+
+
 FAILS = """
 import sys
 sys.path.insert(0, "{tests}")
