@@ -162,7 +162,8 @@ class KLMeter(TrainerCallback):
             "To go on, raise the limit or lwf_lambda, or lower learning_rate."
         )
         control.should_training_stop = control.should_save = True
-        logger.warning("%s", self.stopped)
+        if state.is_world_process_zero:
+            logger.warning("%s", self.stopped)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says what it came to, once."""

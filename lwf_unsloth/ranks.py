@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from lwf_unsloth.backend import on_cuda
+from lwf_unsloth.backend import on_cuda, prepare
 from lwf_unsloth.errors import ConfigError, LwfError, RankError
 
 Made = TypeVar("Made")
@@ -24,7 +24,10 @@ SHARDED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
-"""Switches that a launcher sets -> what would split the model's weights."""
+"""Switches of launchers -> what would split the model over the processes."""
+SIZES = {"UNSLOTH_TP_SIZE": "tensor parallelism", "UNSLOTH_PP_SIZE": "pipeline parallelism"}
+"""The same as a number of parts."""
+OFF = ("", "0", "false", "no", "off")
 LONGEST_WAIT = datetime.timedelta(days=1)
 """For another process's files; one that has ended is noticed at once."""
 
@@ -70,6 +73,7 @@ def start(timeout: object = None) -> None:
     seconds = float(timeout) if isinstance(timeout, (int, float)) and timeout > 0 else 1800.0
     wait = datetime.timedelta(seconds=seconds)
     if on_cuda():
+        prepare()  # sets the GPU's allocator up, which is too late once a device is chosen
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         distributed.init_process_group("nccl", timeout=wait, device_id=device)
@@ -88,15 +92,16 @@ def check_launch(args: Any = None) -> None:
         ConfigError: The launch or the arguments split the model's weights, or there are more
             processes on this machine than GPUs.
     """
-    on = {"1", "true", "yes", "on"}
-    asked = [what for name, what in SHARDED.items() if os.environ.get(name, "").lower() in on]
+    given = {name: os.environ.get(name, "").strip().lower() for name in (*SHARDED, *SIZES)}
+    asked = [what for name, what in SHARDED.items() if given[name] not in OFF]
+    asked += [what for name, what in SIZES.items() if given[name] not in (*OFF, "1")]
     for name, what in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")):
         asked += [what] if getattr(args, name, None) else []
     if asked:
         refusal = ConfigError(
-            f"{asked[0]} was asked for, which splits the model's weights over the processes. The "
-            "teacher is the same weights with the adapter off, and the loss takes the whole output "
-            "head, so each process needs them whole; in 4 bits they take a quarter of the memory. "
+            f"{asked[0]} was asked for, which splits the model over the processes. The teacher is "
+            "the same weights with the adapter off, and the loss takes the whole output head, so "
+            "here each process needs them whole; in 4 bits they take a quarter of the memory. "
             "Launch without it (accelerate launch --multi_gpu, or torchrun): each GPU then has its "
             "copy, and rows are shared out."
         )
@@ -132,6 +137,10 @@ def own_device_map(asked: Any) -> Any:
         return asked
     own = {"": f"cuda:{local_rank()}"} if on_cuda() else None
     if asked is None or asked == own or asked == {"": local_rank()}:
+        if own is not None:
+            import torch
+
+            torch.cuda.set_device(local_rank())  # kernels go by it
         return own
     raise ConfigError(
         f"device_map is {asked!r} and {world()} processes train together: each has a whole copy on "

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SCENARIOS = {
-    "default recipe": {},
+    "default recipe": {"eval_strategy": "epoch"},
     "all rows, accumulated": {"lwf_rows": "all", "gradient_accumulation_steps": 2, "batch": 2},
     "rehearsal answers too": {"rehearsal_ce": True, "label_smoothing_factor": 0.1},
     "one row a process": {"gradient_accumulation_steps": 4, "batch": 1, "lwf_cache": "hidden"},
@@ -105,7 +105,7 @@ def scenario(folder, output, processes, **changes):
         "log": [
             {k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k}
             for line in trainer.state.log_history
-            if "loss" in line
+            if "loss" in line or "eval_loss" in line
         ],
         "grads": grads,
         "adapter": {n: p.flatten()[:40].tolist() for n, p in trained(trainer.model)},
@@ -151,12 +151,12 @@ def shares(folder, output):
 
 
 def resumed(folder, output):
-    """Whether a run of two epochs, resumed after the first, ends as the uninterrupted one."""
+    """Whether a run of two epochs, resumed within the second, ends as the uninterrupted one."""
     import shutil
 
     from lwf_unsloth import ranks
 
-    run = {"num_train_epochs": 2, "save_strategy": "epoch", "batch": 2}
+    run = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 13, "batch": 2}
     whole = trainer_of(folder, output / "whole", 2, **run)
     whole.train()
     steps = sorted(int(p.name.split("-")[1]) for p in (output / "whole").glob("checkpoint-*"))

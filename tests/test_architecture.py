@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors checks bars whole_files schedules kl_budget without_effect field_types backend ranks
+errors checks bars whole_files schedules kl_budget without_effect field_types arguments backend ranks
 config
 load_report formats rows selection sources templates codec records alpaca
 rank_shares rehearsal
@@ -24,7 +24,7 @@ loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switche
 gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card adapters
 merging model
 checkup memory shapes preflight
-locks teacher cache_parts teacher_identity teacher_cache cache_sharing
+locks teacher cache_parts teacher_identity teacher_cache rank_callbacks
 cache_plan
 prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer

@@ -111,17 +111,17 @@ def test_a_world_size_without_a_launcher_is_no_launch(monkeypatch):
     assert ranks.world() == 1 and ranks.rank() == 0
 
 
-@pytest.mark.parametrize("name", ranks.SHARDED)
-def test_what_splits_the_weights_is_refused_before_loading(launched, name, tiny_peft):
-    launched(**{name: "true"})
-    with pytest.raises(ConfigError, match="splits the model's weights") as refused:
+@pytest.mark.parametrize("name", [*ranks.SHARDED, *ranks.SIZES])
+def test_what_splits_the_model_is_refused_before_loading(launched, name, tiny_peft):
+    launched(**{name: "2" if name in ranks.SIZES else "true"})
+    with pytest.raises(ConfigError, match="splits the model over") as refused:
         tiny_peft()
     assert refused.value.told, "the first process says it"
 
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-def test_arguments_that_split_the_weights_are_refused(settings, name):
-    with pytest.raises(ConfigError, match="splits the model's weights"):
+def test_arguments_that_split_the_model_are_refused(settings, name):
+    with pytest.raises(ConfigError, match="splits the model over"):
         settings(**{name: "full_shard"})
 
 
@@ -130,7 +130,10 @@ def test_each_process_loads_on_its_own_device(launched, monkeypatch):
     launched()
     assert ranks.own_device_map(None) is None
     monkeypatch.setattr(ranks, "on_cuda", lambda: True)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert ranks.own_device_map(None) == {"": "cuda:1"} == ranks.own_device_map({"": 1})
+    assert chosen == [1, 1]
     for asked in ("auto", "balanced", {"": 0}, {"": "cuda:0"}):
         with pytest.raises(ConfigError, match="2 processes train together"):
             ranks.own_device_map(asked)
@@ -168,6 +171,17 @@ def test_several_gpus_without_a_launcher_are_not_used_as_one(make_trainer, setti
         match_model(args, torch.nn.Linear(1, 1))
     assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
     assert "torchrun --nproc_per_node 2" in caplog.text
+
+
+def test_freezing_while_several_processes_train_is_refused():
+    from lwf_unsloth.prechecks import same_trained, trained_names
+
+    model = torch.nn.Linear(2, 2)
+    before = trained_names(model)
+    assert same_trained(before, before) == {"weight", "bias"}
+    model.bias.requires_grad_(False)
+    with pytest.raises(ConfigError, match="1 tensors were frozen or unfrozen"):
+        same_trained(before, trained_names(model))
 
 
 def test_only_train_runs_on_several_processes(launched, monkeypatch, capsys):
@@ -219,7 +233,7 @@ def test_two_processes_train_as_one_with_the_batch_of_both(two, name, tiny_model
     one = distributed_run.scenario(tiny_model_dir, tmp_path, 1, **changes)
     ours = two[0][name]
     assert ours == two[1][name], "loss, lambda, gradients and evaluation are the same in both"
-    assert len(ours["log"]) == len(one["log"]) == 5
+    assert len(ours["grads"]) == len(one["grads"]) == 5
     for found, wanted in zip(ours["log"], one["log"], strict=True):
         assert {**found, "epoch": 0} == pytest.approx({**wanted, "epoch": 0}, rel=1e-4)
     for found, wanted in zip(ours["grads"], one["grads"], strict=True):
