@@ -114,28 +114,6 @@ def _match_processes(args: LwFConfig) -> None:
             warnings.filterwarnings("ignore", message=said, category=FutureWarning)
 
 
-def trained_names(model: nn.Module) -> frozenset[str]:
-    """Names of the tensors that require a gradient."""
-    return frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-
-
-def same_trained(before: frozenset[str], now: frozenset[str]) -> frozenset[str]:
-    """What is trained, which must not change while several processes train.
-
-    Raises:
-        ConfigError: A tensor was frozen or unfrozen since the first step.
-    """
-    if before == now:
-        return now
-    changed = sorted(before ^ now)
-    raise ConfigError(
-        f"{len(changed)} tensors were frozen or unfrozen since the first step (such as "
-        f"{changed[0]}), while {ranks.world()} processes train together: which gradients they "
-        "share is settled before it, so each would go its own way. Keep requires_grad as it is and "
-        "set the gradient to 0 in a callback's on_pre_optimizer_step, or train on one process."
-    )
-
-
 def _match_checkpointing(args: LwFConfig, model: nn.Module) -> None:
     """Takes checkpointing as the model was loaded, in the form that Unsloth's own settings pin.
 

@@ -30,15 +30,13 @@ from lwf_unsloth.prechecks import (
     match_model,
     resolve_rows,
     restore_precision,
-    same_trained,
     stop_probability,
-    trained_names,
     warn_stopping,
     warn_warmup,
 )
 from lwf_unsloth.preflight import tell_memory
 from lwf_unsloth.progress import show_progress
-from lwf_unsloth.rank_callbacks import CacheSharing, EpochOrder
+from lwf_unsloth.rank_callbacks import CacheSharing, EpochOrder, SameTrained
 from lwf_unsloth.rehearsal import RehearsalSampler
 from lwf_unsloth.strength import Strength
 from lwf_unsloth.teacher import Teacher, make_teacher
@@ -152,7 +150,6 @@ class LwFTrainer(Measured, SFTTrainer):
             self.add_callback(callback)
         tell_memory(self.model, self.args, self.rows.dataset, self.lwf_rows)
         self._counts: Tensor | None = None
-        self._trained: frozenset[str] = frozenset()
         self._meters = {"train": Meter(), "eval": Meter()}
         given = make_teacher(self.model, teacher) if self.args.lwf_lambda > 0 else None
         probe = probe_tokens(self.rows.dataset[0], self.args.device)
@@ -222,8 +219,9 @@ class LwFTrainer(Measured, SFTTrainer):
         )
         self._drawn = len(sampler)
         if self.args.world_size > 1:
-            self.remove_callback(EpochOrder)
-            self.add_callback(EpochOrder(sampler))
+            for callback in (EpochOrder(sampler), SameTrained(self.model)):
+                self.remove_callback(type(callback))
+                self.add_callback(callback)
         return sampler
 
     def _send_telemetry(self) -> None:
@@ -256,13 +254,6 @@ class LwFTrainer(Measured, SFTTrainer):
             counts = self.accelerator.gather(counts[None]).sum(0)
         self._counts = counts
         return samples, counts[:2].sum().clamp(min=1)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; among several processes the same tensors must be trained throughout."""
-        if self.args.world_size > 1:
-            now = trained_names(self.model)
-            self._trained = same_trained(self._trained or now, now)
-        return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
