@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lwf_unsloth.adapters import active_adapter
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.errors import ConfigError, DataError, ModelError
 from lwf_unsloth.evaluation import evaluate
 from lwf_unsloth.hidden import unwrap
@@ -41,6 +42,7 @@ class _AsTrained:
     """PEFT's alpha_pattern."""
 
 
+@checked()
 def set_adapter_scale(model: Any, scale: float) -> None:
     """Scales the active adapter until it is set anew; 1 is the adapter as trained, 0 the base.
 
@@ -95,6 +97,7 @@ def adapter_scale(model: Any) -> float:
     return float(layers[path].scaling[name] / trained.scaling[path])
 
 
+@checked()
 @contextmanager
 def scale_adapter(model: Any, scale: float) -> Iterator[None]:
     """Scales the active adapter for a block; puts back the scale it had, also after an exception.
@@ -237,6 +240,7 @@ class DialResult(Tabled):
         return cls({float(scale): Scores.from_dict(one) for scale, one in values["scores"].items()})
 
 
+@checked()
 def dial(
     model: Any,
     tokenizer: Any,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import versions
 from lwf_unsloth.bases import BaseIdentity, identify
 from lwf_unsloth.config import ModelConfig
@@ -38,6 +39,7 @@ _LORA_EXTRAS = (
 )
 
 
+@checked()
 def save_adapter(
     model: Any, tokenizer: Any, folder: str | Path, *, card: dict[str, Any] | None = None
 ) -> Path:

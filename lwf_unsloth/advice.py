@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 from lwf_unsloth.answers import Generations
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.asked import wishes
 from lwf_unsloth.decoding import Decoding
 from lwf_unsloth.diagnosis import Diagnoses, Diagnosis, diagnose
@@ -129,6 +130,7 @@ class Advice(Sequence[Hint]):
         return changed
 
 
+@checked("answers", "facts")
 def advise(answers: Generations, facts: TrainingFacts | None = None) -> Advice:
     """Says what to change so that the faults of the answers go away.
 

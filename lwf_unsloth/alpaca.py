@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.load_report import LoadReport, SourceReport
 from lwf_unsloth.records import (
@@ -67,6 +68,7 @@ class AlpacaData(dict[str, "Dataset"]):
         return f"AlpacaData({str(self.report)})"
 
 
+@checked()
 def load_alpaca(
     source: Any,
     *,
@@ -106,6 +108,7 @@ def load_alpaca(
     return _load(source, wanted, mapping, ("instruction", "output"), plan)
 
 
+@checked()
 def load_text(
     source: Any,
     *,

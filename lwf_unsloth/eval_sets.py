@@ -69,7 +69,7 @@ def ready_sets(
     """
     if not isinstance(sets, Mapping) or not sets:
         raise DataError(
-            f"sets is {type(sets).__name__} of length {len(sets) if sets else 0}; it must be a "
+            f"sets is {'empty' if not sets else type(sets).__name__}; it must be a "
             'dict of name -> rows, e.g. {"faq": held_out, "general": general}: results go by name.'
         )
     whole = {

@@ -15,6 +15,7 @@ from typing import Any
 
 from lwf_unsloth.answer_scores import answer_values
 from lwf_unsloth.answers import Generations
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import device_name, on_cuda, prepare, versions
 from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import DataError, ModelError
@@ -42,6 +43,7 @@ PATIENCE = 2.0
 """Minutes that a user waits without being told."""
 
 
+@checked("sets")
 def evaluate(
     model: Any,
     tokenizer: Any,

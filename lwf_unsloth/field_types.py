@@ -4,6 +4,7 @@ Dataclasses take any value. A learning rate that is the text "2e-4", a flag that
 (which counts as yes), a length that is a list: each would fail far from its cause, or worse, train.
 """
 
+import collections.abc
 import enum
 import functools
 import math
@@ -52,11 +53,11 @@ def check_fields(config: Any) -> None:
         if name == "report_to":
             _check_report_to(value)
             continue
-        if not _fits(value, hints[name]):
-            shown = "not shown" if "token" in name else _short(value)
+        if not type_fits(value, hints[name]):
+            shown = "not shown" if "token" in name else short(value)
             raise ConfigError(
                 f"{name} is {shown} ({type(value).__name__}), but it takes "
-                f"{_words(hints[name])}.{_hint(value, hints[name])}"
+                f"{type_words(hints[name])}.{type_hint(value, hints[name])}"
             )
         if value is not None:
             _check_range(name, value)
@@ -74,28 +75,34 @@ def _check_report_to(value: Any) -> None:
     if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
         return
     raise ConfigError(
-        f"report_to is {_short(value)}, but it takes the name of a service, a list of names, or "
+        f"report_to is {short(value)}, but it takes the name of a service, a list of names, or "
         '"none".'
     )
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def type_fits(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotated type; annotations that are not known take anything."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(type_fits(value, part) for part in parts)
     if origin is typing.Literal:
         return any(value is part or value == part for part in parts)
     if hint in (None, type(None)):
         return value is None
     if origin in (list, tuple) or hint in (list, tuple):
         given = isinstance(value, (list, tuple))
-        return given and all(_fits(item, parts[0]) for item in value if parts)
+        return given and all(type_fits(item, parts[0]) for item in value if parts)
     if origin is dict or hint is dict:
         return isinstance(value, dict) or is_dataclass(value)  # what TRL makes of a dict
-    return isinstance(hint, type) and _is_a(value, hint)
+    if origin is collections.abc.Sequence:
+        listed = isinstance(value, (list, tuple, collections.abc.Sequence))
+        plain = listed and not isinstance(value, (str, bytes))
+        return plain and all(type_fits(item, parts[0]) for item in value if parts)
+    if origin is type or not isinstance(origin or hint, type):
+        return True
+    return _is_a(value, origin or hint)
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -109,7 +116,10 @@ def _is_a(value: Any, kind: type) -> bool:
         return isinstance(value, numbers.Real) and not flag and _is_finite(value)
     if kind is str:
         return isinstance(value, (str, os.PathLike, enum.Enum))
-    return isinstance(value, kind)
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # a protocol that only type checkers look at
+        return True
 
 
 def _is_finite(value: Any) -> bool:
@@ -119,29 +129,40 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def _words(hint: Any) -> str:
+def type_words(hint: Any) -> str:
     """An annotation in words."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        said = [_words(part) for part in parts if part is not type(None)]
+        said = [type_words(part) for part in parts if part is not type(None)]
         said += ["None"] * (type(None) in parts)
         return " or ".join(dict.fromkeys(said))
     if origin in (list, tuple) or hint in (list, tuple):
-        return "a list of " + (_words(parts[0]).removeprefix("a ") + "s" if parts else "values")
+        return _list_words(parts)
     if origin is typing.Literal:
         return " or ".join(map(repr, parts))
+    if origin is collections.abc.Sequence:
+        return _list_words(parts)
     plain = {
         bool: "True or False",
         int: "a whole number",
         float: "a finite number",
         str: "a text",
         dict: "a dict",
+        collections.abc.Mapping: "a dict",
+        collections.abc.Iterable: "a list",
+        collections.abc.Callable: "a function",
     }
     kind = origin or hint
     return plain.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def _hint(value: Any, hint: Any) -> str:
+def _list_words(parts: tuple[Any, ...]) -> str:
+    """A list, and of what where that is one plain type."""
+    named = {int: " of whole numbers", float: " of finite numbers", str: " of texts"}
+    return "a list" + (named.get(parts[0], "") if parts else "")
+
+
+def type_hint(value: Any, hint: Any) -> str:
     """What is meant most likely, where a text stands for a number or a flag."""
     if not isinstance(value, str):
         return ""
@@ -166,14 +187,14 @@ def _check_range(name: str, value: Any) -> None:
     )
     for names, holds, said in rules:
         if name in names and not holds(value):
-            raise ConfigError(f"{name} is {_short(value)}, but it must be {said}.")
+            raise ConfigError(f"{name} is {short(value)}, but it must be {said}.")
     if whole and name not in SEEDS and abs(int(value)) > 2**62:
-        raise ConfigError(f"{name} is {_short(value)}: no machine counts so far.")
+        raise ConfigError(f"{name} is {short(value)}: no machine counts so far.")
     if name in PATHS and "\0" in os.fspath(value):
-        raise ConfigError(f"{name} is {_short(value)}: no path holds a null character.")
+        raise ConfigError(f"{name} is {short(value)}: no path holds a null character.")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value as code, not longer than a line."""
     said = repr(value)
     return said if len(said) <= 80 else said[:77] + "..."

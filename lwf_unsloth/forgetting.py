@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.intervals import Interval, mean_interval, share_change
 from lwf_unsloth.result_table import ResultTable, Tabled, figure, span
@@ -147,8 +148,9 @@ class ForgettingReport(Tabled):
         return found
 
 
+@checked()
 def forgetting_report(
-    *scores: Scores, tasks: Sequence[str | Sequence[str]] | None = None, seed: int = 0
+    *scores: Scores, tasks: str | Sequence[str | Sequence[str]] | None = None, seed: int = 0
 ) -> ForgettingReport:
     """What one training, or several one after another, gained and cost.
 
@@ -204,7 +206,7 @@ def _stages(scores: Sequence[Scores]) -> tuple[str, list[Scores]]:
 
 
 def _task_names(
-    last: Scores, tasks: Sequence[str | Sequence[str]] | None, stages: int
+    last: Scores, tasks: str | Sequence[str | Sequence[str]] | None, stages: int
 ) -> list[list[str]]:
     """Names of the sets that each stage taught."""
     if tasks is None and stages == 1:

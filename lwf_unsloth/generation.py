@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from lwf_unsloth.answers import Answer, Generations
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.bars import batch_bar
 from lwf_unsloth.checks import check_count
@@ -32,6 +33,7 @@ DEMO_PROMPTS = (
 Prompt = str | Mapping[str, Any]
 
 
+@checked()
 def generate(
     model: Any,
     tokenizer: Any,

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.benchmark_scores import BenchmarkScores, read_scores
 from lwf_unsloth.checks import check_count
@@ -38,6 +39,7 @@ def local_tasks() -> list[str]:
     return sorted(path.stem for path in TASKS.glob("local_*.yaml"))
 
 
+@checked()
 def evaluate_benchmarks(
     model: Any,
     tokenizer: Any,

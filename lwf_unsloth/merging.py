@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.adapters import RECORD, active_adapter, adapter_record, new_folder
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError, ModelError
 from lwf_unsloth.model_card import adapter_card
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 _DTYPES = ("bfloat16", "float16")
 
 
+@checked()
 def merge_model(
     model: Any, tokenizer: Any, folder: str | Path, *, dtype: str | None = None
 ) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.adapters import AdapterFolder, fill_adapter, read_adapter, save_adapter
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import native_bf16, on_cuda, prepare
 from lwf_unsloth.config import ModelConfig
 from lwf_unsloth.errors import ConfigError, ModelError
@@ -44,7 +45,10 @@ def default_model() -> ModelConfig:
     return ModelConfig(_DEFAULT_EMBEDDED)
 
 
-def load_model(config: ModelConfig | str, *, adapter: str | Path | None = None) -> tuple[Any, Any]:
+@checked()
+def load_model(
+    config: ModelConfig | str | Path, *, adapter: str | Path | None = None
+) -> tuple[Any, Any]:
     """Loads a base model in 4 bits and puts LoRA on it.
 
     Args:
@@ -62,7 +66,7 @@ def load_model(config: ModelConfig | str, *, adapter: str | Path | None = None) 
     """
     if adapter is not None:
         return load_adapter(adapter, base=config, trainable=True)
-    config = ModelConfig(config) if isinstance(config, str) else config
+    config = config if isinstance(config, ModelConfig) else ModelConfig(str(config))
     model, tokenizer, loaded = load_base(config)
     check_targets(model, config.target_modules)
     from unsloth import FastLanguageModel
@@ -81,10 +85,11 @@ def load_model(config: ModelConfig | str, *, adapter: str | Path | None = None) 
     return model, tokenizer
 
 
+@checked()
 def load_adapter(
     folder: str | Path,
     *,
-    base: ModelConfig | str | None = None,
+    base: ModelConfig | str | Path | None = None,
     trainable: bool = False,
     check_base: bool = True,
 ) -> tuple[Any, Any]:
@@ -110,7 +115,7 @@ def load_adapter(
             are named), or weights that don't fit the model.
     """
     saved = read_adapter(Path(folder))
-    config = saved.base_config(base)
+    config = saved.base_config(str(base) if isinstance(base, Path) else base)
     model, tokenizer, loaded = load_base(config)
     loaded = saved.compare(loaded, check=check_base)
     check_targets(model, saved.lora["target_modules"])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.intervals import Interval
 from lwf_unsloth.markup import shown
@@ -75,6 +76,7 @@ class Chart:
         return png, svg
 
 
+@checked()
 def plot_forgetting(report: ForgettingReport) -> Chart:
     """Gain of each task beside forgetting of what was to be kept; over several tasks also R.
 
@@ -105,6 +107,7 @@ def plot_forgetting(report: ForgettingReport) -> Chart:
     return Chart(figure)
 
 
+@checked()
 def plot_dial(result: DialResult) -> Chart:
     """Gain and cost at each scale of the adapter.
 
@@ -142,6 +145,7 @@ def plot_dial(result: DialResult) -> Chart:
     return Chart(figure)
 
 
+@checked()
 def plot_training(history: Sequence[Mapping[str, Any]], steps: int | None = None) -> Chart:
     """The course of a training: task loss beside the KL on rehearsal and on task rows.
 
@@ -177,6 +181,7 @@ def plot_training(history: Sequence[Mapping[str, Any]], steps: int | None = None
     return Chart(figure)
 
 
+@checked()
 def plot_recipes(recipes: Recipes, task: str | None = None) -> Chart:
     """Gain against forgetting: one point a recipe, the best ones high and to the left.
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import on_cuda
 from lwf_unsloth.checkup import doctor
 from lwf_unsloth.errors import ConfigError, ModelError
@@ -256,6 +257,7 @@ class Fit:
         )
 
 
+@checked()
 def fits(model: Any, batch: int, length: int, *, args: Any = None, rows: str | None = None) -> Fit:
     """Whether training this model with such batches fits the memory that is free now.
 

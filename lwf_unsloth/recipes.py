@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.forgetting import check_same_rows
 from lwf_unsloth.intervals import Interval
@@ -101,6 +102,7 @@ class Recipes(Tabled):
         return cls({name: Scores.from_dict(one) for name, one in values["scores"].items()})
 
 
+@checked()
 def compare_recipes(scores: Mapping[str, Scores]) -> Recipes:
     """Puts several trainings from the same start side by side.
 

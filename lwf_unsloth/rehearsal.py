@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Sampler
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.rank_shares import dealt
 from lwf_unsloth.rows import as_rows, row_key
@@ -120,6 +121,7 @@ def _interleave(task: list[int], rehearsal: list[int], ratio: float) -> list[int
     return mixed
 
 
+@checked("ratio")
 def mix_rehearsal(
     task: Dataset | Iterable[Mapping[str, Any]],
     rehearsal: Dataset | Iterable[Mapping[str, Any]] | None,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import on_cuda
 from lwf_unsloth.cache_parts import digest
 from lwf_unsloth.checks import check_count
@@ -48,10 +49,12 @@ STOPS = 0.25
 SETTINGS = ("temperature", "top_p", "seed", "max_new_tokens")
 INSTRUCTION_TOKENS = 64
 """Most tokens of an instruction that the model writes."""
+MOST_ROWS = 100_000
 TRIES = 4
 """Candidates begun for each row that is wanted, before it is given up."""
 
 
+@checked()
 def self_rehearsal(
     model: Any,
     tokenizer: Any,
@@ -127,6 +130,11 @@ def _check(
 ) -> None:
     """Raises a ConfigError for settings out of range or without effect."""
     check_count("rows", rows)
+    if rows > MOST_ROWS:
+        raise ConfigError(
+            f"rows is {rows}; a model that writes so many would never end. {MOST_ROWS} at most, "
+            "and a few hundred are enough."
+        )
     if kind not in KINDS:
         raise ConfigError(f"kind is {kind!r}, but must be one of {KINDS}: nothing else is written.")
     if decoding.greedy and kind != "answers":

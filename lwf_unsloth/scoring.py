@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.bars import batch_bar
 from lwf_unsloth.batches import LwFCollator, token_roles
@@ -121,6 +122,7 @@ class Score:
         }
 
 
+@checked()
 def score(
     model: Any,
     tokenizer: Any,

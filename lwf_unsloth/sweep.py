@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.sweep_file import SweepPlan
@@ -50,6 +51,7 @@ class TrialFailed(LwfError):
     """A trial ended without a result; the message is the reason."""
 
 
+@checked()
 def run_sweep(
     plan: SweepPlan,
     *,

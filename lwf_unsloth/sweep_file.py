@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.train_file import SECTIONS, checked_sections, read_yaml, refuse_unknown
@@ -63,6 +64,7 @@ class SweepPlan:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@checked()
 def read_sweep_file(path: str | Path) -> SweepPlan:
     """Reads a sweep file; no model library is loaded for it.
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.errors import DataError
 
 _PLACEHOLDER = re.compile(r"\{(instruction|input)\}")
@@ -125,6 +126,7 @@ def text_tokenizer(tokenizer: Any) -> Any:
     return inner if inner is not None and hasattr(inner, "init_kwargs") else tokenizer
 
 
+@checked("template")
 def set_template(tokenizer: Any, template: PromptTemplate) -> None:
     """Put the template on the tokenizer; it is written by ``tokenizer.save_pretrained``."""
     if not isinstance(template, PromptTemplate):

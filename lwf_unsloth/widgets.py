@@ -14,6 +14,7 @@ from typing import Any
 
 import ipywidgets as ipw
 
+from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.panel_code import PanelPlan, Rehearsal, script
@@ -320,6 +321,7 @@ class Panel(ipw.VBox):
         return message(text, "ok")
 
 
+@checked("model", "tokenizer")
 def panel(
     model: Any = None,
     tokenizer: Any = None,

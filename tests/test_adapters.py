@@ -308,7 +308,7 @@ def test_a_failed_save_leaves_the_old_adapter_and_nothing_else(copy, tiny_model_
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
 
     class Broken:
-        eos_token = "</s>"
+        eos_token, eos_token_id = "</s>", 2
 
         def save_pretrained(self, folder):
             raise OSError("disk full")

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors checks bars whole_files schedules kl_budget without_effect field_types arguments backend ranks
-config
+errors checks bars whole_files schedules kl_budget without_effect field_types arguments
+backend ranks config
 load_report formats rows selection sources templates codec records alpaca
 rank_shares rehearsal
 loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden

@@ -1,6 +1,7 @@
 """Scores: the right tokens, weighted by tokens; the right model, left as it was."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lwf_unsloth.scoring import Score, score
 from lwf_unsloth.teacher import OwnTeacher, trained_tensors
 from lwf_unsloth.token_stats import Side, calibration_error, token_stats
 
+STAND_INS = SimpleNamespace(named_modules=None), SimpleNamespace(eos_token_id=2)
 UNEQUAL = [
     {"instruction": "Say yes.", "input": "", "output": "Yes."},
     {"instruction": "Count.", "input": "to nine", "output": "1 2 3 4 5 6 7 8 9 " * 6},
@@ -312,4 +314,4 @@ def test_a_model_that_gives_nan_breaks_no_bin():
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": True}, {"base": "none"}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        score(None, None, UNEQUAL, **wrong)
+        score(*STAND_INS, UNEQUAL, **wrong)
