@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/distributed_run.py MODEL_FOLDER OUT_FOLDER
 
-Each process writes OUT_FOLDER/rank-N.json. `scenario` alone is also what one process does.
+Each process writes OUT_FOLDER/rank-N.json; then the first one fails in a run. `scenario` alone is
+also what one process does.
 """
 
 import json
@@ -251,6 +252,22 @@ def failures():
     return found
 
 
+def broken_off(folder, output):
+    """A run in which the first process fails: it and the other end, by the launcher."""
+    from transformers import TrainerCallback
+
+    from lwf_unsloth import ranks
+
+    class DiskFull(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if ranks.rank() == 0 and state.global_step == 2:
+                raise OSError("the disk is full")
+
+    trainer = trainer_of(folder, output, 2)
+    trainer.add_callback(DiskFull())
+    trainer.train()
+
+
 def main():
     from lwf_unsloth import ranks
 
@@ -263,7 +280,8 @@ def main():
     found["resumed"] = resumed(folder, out / "resumed")
     found["once"] = written_once(folder, out / "once")
     (out / f"rank-{ranks.rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    ranks.leave()
+    broken_off(folder, out / "broken")
+    (out / f"through-{ranks.rank()}").touch()
 
 
 if __name__ == "__main__":
