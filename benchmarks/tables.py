@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, its own folder stands there instead
 
-from benchmarks import answers_table  # noqa: E402
+from benchmarks import answers_table, ddp_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PLACES = [ROOT / "README.md", ROOT / "README.ja.md", ROOT / "benchmarks" / "README.md"]
@@ -379,6 +379,12 @@ def _kept(rows: list[dict[str, Any]]) -> str:
     return f"{sum(a for a, _ in both) / before:.0%}" if before else ""
 
 
+def ddp() -> str | None:
+    """Training on several GPUs."""
+    result = read("ddp")
+    return None if result is None else as_table(*ddp_table.lines(result)) + source(result)
+
+
 def answers() -> str | None:
     """The demo prompts before and after, and the run that answered them."""
     made, result = answers_table.answers(RESULTS), read("main_job_gpu")
@@ -399,6 +405,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "fits_t4": fits_t4,
     "hardware": hardware,
     "self_rehearsal": self_rehearsal,
+    "ddp": ddp,
     "t4": t4,
     "answers": answers,
     "demo_answers": demo_answers,

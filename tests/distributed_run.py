@@ -8,6 +8,7 @@ also what one process does.
 
 import json
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -173,6 +174,7 @@ def resumed(folder, output):
     pairs = zip(trained(whole.model), trained(again.model), strict=True)
     return {
         "steps": [whole.state.global_step, again.state.global_step],
+        "adapter": {n: p.flatten()[:40].tolist() for n, p in trained(again.model)},
         "equal": all(bool((a == b).all()) for (_, a), (_, b) in pairs),
         "files": sorted(p.name for p in (output / "whole" / f"checkpoint-{steps[0]}").iterdir()),
     }
@@ -202,6 +204,7 @@ def written_once(folder, output):
     run = {"rehearsal_dataset": "self", "self_rehearsal_rows": 4, "lwf_rows": "all"}
     trainer = trainer_of(folder, output, 2, num_train_epochs=3, lwf_cache="hidden", batch=2, **run)
     trainer.train()
+    time.sleep(ranks.rank())  # whom the first one must not wait for in vain, nor leave behind
     calls["folder"] = save_trained(trainer).name
     with ranks.together("wait"):
         pass

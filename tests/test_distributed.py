@@ -225,7 +225,7 @@ def two(tiny_model_dir, tmp_path_factory):
     assert all(file.is_file() for file in files), text[-4000:]
     ended = {"code": code, "text": text, "through": list(folder.glob("through-*"))}
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return [{**one, "ended": ended} for one in found]
+    return [{**one, "ended": ended, "folder": str(folder)} for one in found]
 
 
 @pytest.mark.slow
@@ -319,6 +319,37 @@ data: {{task: task.jsonl, rehearsal: task.jsonl, test_size: 2}}
     code, said = torchrun(["-m", "lwf_unsloth", "train", "mine.yaml"], 100, tmp_path)
     assert code == 0 and said.count("The adapter: run/adapter") == 1, said[-3000:]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_table_shows_speed_memory_and_the_same_gradient():
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import ddp, ddp_table
+
+    about = {"per_rank_batch": 8, "arm": "ours"}
+    rows = [
+        {**about, "ranks": 1, "tokens_per_second": 1e5, "peak_gib": 3.0},
+        {**about, "ranks": 2, "tokens_per_second": 1.9e5, "peak_gib": 3.25},
+        {"per_rank_batch": 4, "arm": "gradient_shared", "ranks": 2, "grad_error": 0.0012},
+        {"per_rank_batch": 8, "arm": "ours_all", "ranks": 2, "error": "exit code 1"},
+    ]
+    head, lines = ddp_table.lines({"rows": ddp.with_speedup(rows)})
+    assert head == ["batch 8 a GPU", "1 GPU", "2 GPUs"]
+    ours = ["100,000 tokens/s, 3.00 GiB", "190,000 tokens/s, × 1.90, 3.25 GiB"]
+    assert lines[0] == ["**ours**, default recipe", *ours]
+    assert lines[1] == ["**ours**, KL on all rows", "", "exit code 1"]
+    assert lines[2][1:] == ["", "1.2e-03"]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_is_resumed_by_one_with_the_same_rows_a_step(two, tiny_model_dir, tmp_path):
+    whole = Path(two[0]["folder"]) / "resumed" / "whole"
+    run = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 13, "batch": 2}
+    one = distributed_run.trainer_of(tiny_model_dir, tmp_path, 1, **run)
+    one.train(resume_from_checkpoint=str(whole / "checkpoint-13"))
+    ours = {name: p.flatten()[:40].tolist() for name, p in distributed_run.trained(one.model)}
+    assert one.state.global_step == 18
+    for name, values in two[0]["resumed"]["adapter"].items():
+        assert ours[name] == pytest.approx(values, abs=1e-4), name
 
 
 @pytest.mark.slow
