@@ -53,7 +53,7 @@ def match_model(args: LwFConfig, model: nn.Module) -> None:
             f"args is a {type(args).__name__}, but must be an LwFConfig, which is an SFTConfig "
             "with the lwf_ and rehearsal settings: give it the same settings by the same names."
         )
-    _match_processes(args)
+    _match_processes(args, model)
     dtype = getattr(model, "dtype", torch.float32)
     if not args._precision_given:
         args.fp16 = on_cuda() and dtype == torch.float16
@@ -84,19 +84,21 @@ def match_model(args: LwFConfig, model: nn.Module) -> None:
         args.max_length = limit
 
 
-def _match_processes(args: LwFConfig) -> None:
+def _match_processes(args: LwFConfig, model: nn.Module) -> None:
     """One GPU a process, and DDP for several processes as the loss needs it.
 
     Raises:
-        ConfigError: Several processes that do not know of each other.
+        ConfigError: Several processes that do not know of each other, or could not keep step.
     """
-    if args.n_gpu > 1:
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    if args.n_gpu > 1 and not spread:
         logger.warning(
             "%d GPUs are visible and one is used: a process trains on one. To use all, start with "
             "`torchrun --nproc_per_node %d -m lwf_unsloth train FILE` (or `accelerate launch`).",
             args.n_gpu,
             args.n_gpu,
         )
+    if args.n_gpu > 1:  # else the Trainer would take DataParallel
         args._n_gpu = 1
     if args.world_size != ranks.world():
         raise ConfigError(
@@ -105,13 +107,22 @@ def _match_processes(args: LwFConfig) -> None:
             "LwFConfig after the start, on devices of one kind, and leave use_cpu and ddp_backend "
             "as they are."
         )
-    if args.world_size > 1:  # every LoRA weight is in every loss; no buffer changes
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False
-        if args.ddp_broadcast_buffers is None:
-            args.ddp_broadcast_buffers = False
-            said = "`broadcast_buffers` is deprecated"  # there is no other setting for it yet
-            warnings.filterwarnings("ignore", message=said, category=FutureWarning)
+    if args.world_size == 1:
+        return
+    if spread or not args.accelerator_config.even_batches:
+        what = "The model is spread over several devices" if spread else "even_batches is off"
+        raise ConfigError(
+            f"{what}, and {ranks.world()} processes train together: they would take each other's "
+            "memory, or wait for steps that another does not take. Leave device_map and "
+            "even_batches as they are (rows that fill up a batch are not counted), or start one "
+            "process."
+        )
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every LoRA weight is in every loss
+    if args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False  # no buffer changes
+        said = "`broadcast_buffers` is deprecated"  # there is no other setting for it yet
+        warnings.filterwarnings("ignore", message=said, category=FutureWarning)
 
 
 def _match_checkpointing(args: LwFConfig, model: nn.Module) -> None:

@@ -173,6 +173,32 @@ def test_several_gpus_without_a_launcher_are_not_used_as_one(make_trainer, setti
     assert "torchrun --nproc_per_node 2" in caplog.text
 
 
+def test_a_model_on_several_gpus_in_one_process_is_no_word_about_torchrun(settings, caplog):
+    from lwf_unsloth.prechecks import match_model
+
+    args, model = settings(), torch.nn.Linear(1, 1)
+    args._n_gpu, model.hf_device_map = 2, {"layers.0": 0, "layers.1": 1}
+    with caplog.at_level(logging.WARNING, logger="lwf_unsloth"):
+        match_model(args, model)
+    assert args.n_gpu == 1 and "torchrun" not in caplog.text
+
+
+@pytest.mark.parametrize("cause", ["spread", "uneven"])
+def test_processes_that_could_not_keep_step_are_refused(settings, launched, monkeypatch, cause):
+    from lwf_unsloth.config import LwFConfig
+    from lwf_unsloth.prechecks import match_model
+
+    args, model = settings(), torch.nn.Linear(1, 1)
+    launched()
+    monkeypatch.setattr(LwFConfig, "world_size", 2)
+    if cause == "spread":
+        model.hf_device_map = {"layers.0": 0, "layers.1": 1}
+    else:
+        args.accelerator_config.even_batches = False
+    with pytest.raises(ConfigError, match="2 processes train together"):
+        match_model(args, model)
+
+
 def test_freezing_while_several_processes_train_is_refused():
     from lwf_unsloth.rank_callbacks import SameTrained
 
