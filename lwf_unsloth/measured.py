@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import without_repeats
+from lwf_unsloth.errors import DataError
 from lwf_unsloth.meters import Meter
 
 prepare()
@@ -71,6 +72,11 @@ class Measured(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> Any:
         """As TRL's; `task_loss` and `kl` are weighted by tokens, `loss` is the task loss."""
+        if eval_dataset is None and self.eval_dataset is None:
+            raise DataError(
+                "There is no eval_dataset, neither here nor when the trainer was made: nothing "
+                "could be evaluated. Give load_alpaca(...)['test']."
+            )
         self._eval_prefix = metric_key_prefix
         self._meters["eval"] = Meter()  # what predict, or an evaluation that was cut off, has left
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

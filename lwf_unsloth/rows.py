@@ -257,7 +257,7 @@ def as_rows(rows: Any, what: str) -> Iterator[Mapping[str, Any]]:
 def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
     """What two rows share if they say the same: the whole text, normalised."""
     names = ("text",) if is_text_row(row) else ("instruction", "input", "output")
-    return tuple(normalised(row.get(name) or "") for name in names)
+    return tuple(normalised(str(row.get(name) or "")) for name in names)
 
 
 def prompt_key(row: Mapping[str, Any]) -> tuple[str, ...]:

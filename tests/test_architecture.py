@@ -23,13 +23,13 @@ rank_shares rehearsal
 loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden
 gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card adapters
 merging model
-checkup memory shapes preflight
+checkup memory shapes preflight out_of_memory
 locks teacher cache_parts teacher_identity teacher_cache rank_callbacks
 cache_plan
 prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
-batches checkpoints objective meters measured kl_meter strength prechecks progress guard train_data
-trainer
+batches checkpoints run_record objective meters measured log_window kl_meter strength prechecks progress guard train_data
+trainer_inputs resuming trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
 eval_sets evaluation adapter_dial best_adapter
 diagnosis facts loss_curve advice comparison
