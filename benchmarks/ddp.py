@@ -50,7 +50,9 @@ KEYS = ("ranks", "per_rank_batch", "arm")
 def work(options: argparse.Namespace) -> None:
     """One process's part: a file of rows, and the gradients from the first process."""
     from lwf_unsloth import ranks
+    from lwf_unsloth.backend import prepare
 
+    prepare()
     ranks.start()
     from benchmarks._shape import make_folder
 
@@ -103,7 +105,7 @@ def made(options: argparse.Namespace, folder: Path, size: Size, **changes: Any) 
 
 
 def timed(options: argparse.Namespace, folder: Path, arm: str, size: Size) -> dict[str, Any]:
-    """Tokens a second of all processes, and this one's peak."""
+    """Tokens a second of all processes, and this one's peak, less what an earlier arm has left."""
     import torch
     from transformers import TrainerCallback
 
@@ -119,6 +121,7 @@ def timed(options: argparse.Namespace, folder: Path, arm: str, size: Size) -> di
                     torch.cuda.synchronize()
                 marks[state.global_step] = time.perf_counter()
 
+    before = torch.cuda.memory_allocated() if cuda else 0
     trainer = made(options, folder, size, max_steps=WARM + steps, **ARMS[arm])
     trainer.add_callback(Clock())
     if cuda:
@@ -129,7 +132,9 @@ def timed(options: argparse.Namespace, folder: Path, arm: str, size: Size) -> di
     found = {
         "tokens_per_second": round(tokens / seconds, 1),
         "ms_step": round(1000 * seconds / steps, 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+        "peak_gib": round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
+        if cuda
+        else None,
         "loss_last": trainer.state.log_history[-2]["loss"],
     }
     del trainer
@@ -258,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="B8xT1024", help="rows and tokens a process")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="GPUs")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plain", "ours"])
     parser.add_argument("--steps", type=int, default=24, help="timed ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget-seconds", type=float, default=285.0, help="a number of GPUs")
