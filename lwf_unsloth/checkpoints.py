@@ -1,13 +1,22 @@
-"""Which checkpoint can be resumed, and what a checkpoint keeps of the teacher."""
+"""Which checkpoint can be resumed, what makes one whole, and what it keeps of the teacher.
+
+A checkpoint is whole when its list of files with their hashes is there and right: that list is
+written last, after everything else is on the disk, and only then are older checkpoints removed.
+"""
 
 import json
 import logging
+import shutil
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from lwf_unsloth.errors import ConfigError, TeacherError
+from lwf_unsloth.errors import ConfigError, ModelError, TeacherError
+from lwf_unsloth.kept_folders import is_whole, write_manifest
 from lwf_unsloth.ranks import from_first, together
 from lwf_unsloth.teacher import OwnTeacher, Teacher
 from lwf_unsloth.teacher_cache import CachedTeacher
@@ -16,15 +25,27 @@ logger = logging.getLogger(__name__)
 
 TEACHER_FILE = "lwf_teacher.json"
 TEACHER_TENSORS = "lwf_teacher.safetensors"
+RUN_FILE = "lwf_run.json"
+"""What run it comes from: see `run_record`."""
+WHOLE = "lwf_whole.json"
+"""Files of a checkpoint with size and hash; the last that is written."""
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 ARCHIVES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 """Files of torch.save, which end in a zip's directory: one that was cut off has none."""
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint folder holds whole files of everything a resume needs."""
+    """Whether a checkpoint folder holds whole files of everything a resume needs.
+
+    Its list of files decides. Folders without one come from earlier versions and other tools:
+    there the files themselves are looked at.
+    """
     from safetensors import SafetensorError, safe_open
 
+    if (folder / WHOLE).is_file():
+        return is_whole(folder / WHOLE, NEEDED)
+    if (folder / RUN_FILE).is_file():
+        return False
     if any(not (folder / name).is_file() for name in NEEDED):
         return False
     archives = [path for pattern in ARCHIVES for path in folder.glob(pattern)]
@@ -43,9 +64,12 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None; says which half-written ones it passed
-    over.
+def latest_checkpoint(output_dir: str | Path, *, quiet: bool = False) -> Path | None:
+    """The newest complete checkpoint of a run, or None.
+
+    Args:
+        output_dir: The run's folder.
+        quiet: Do not say which half-written ones are passed over.
     """
     found = []
     for folder in Path(output_dir).glob("checkpoint-*"):
@@ -55,8 +79,10 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     for _, folder in sorted(found, reverse=True):
         if is_complete(folder):
             return folder
-        logger.warning(
-            "%s is not complete (a save was cut off); taking an earlier one.", folder.name
+        logger.log(
+            logging.DEBUG if quiet else logging.WARNING,
+            "%s is not complete (a save was cut off); taking an earlier one.",
+            folder.name,
         )
     return None
 
@@ -94,6 +120,73 @@ def tell_missing(folder: Path) -> None:
             folder.name,
             ", ".join(missing),
         )
+
+
+@contextmanager
+def saving(args: Any, state: Any, folder: Path, wait: Callable[[], Any]) -> Iterator[None]:
+    """Around the Trainer's writing of a checkpoint: it is whole in the end, or gone and told.
+
+    Args:
+        args: The run's settings; their save_total_limit rests until the new one is whole.
+        state: The Trainer's state, which names the best checkpoint, in the end.
+        folder: The checkpoint.
+        wait: Waits until every process has written.
+
+    Raises:
+        ModelError: The disk is full or may not be written; earlier checkpoints stay.
+    """
+    from safetensors import SafetensorError
+
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        if args.should_save:
+            (folder / WHOLE).unlink(missing_ok=True)
+        yield
+        wait()
+        if args.should_save:
+            write_manifest(folder / WHOLE, {"step": folder.name})
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not _is_writers(error):
+            raise
+        raise _not_saved(folder, error) from error
+    finally:
+        args.save_total_limit = limit
+    if args.should_save:
+        _prune(folder, limit, state.best_model_checkpoint)
+
+
+def _is_writers(error: RuntimeError) -> bool:
+    """Whether torch.save could not write, which it says as a RuntimeError."""
+    words = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+    return any(word in str(error) for word in words)
+
+
+def _not_saved(folder: Path, error: Exception) -> ModelError:
+    """What to say when a checkpoint could not be written; its half is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    left = latest_checkpoint(folder.parent, quiet=True)
+    stays = f"{left.name} is whole and stays" if left else "there is no earlier one"
+    go_on = "resume" if left else "start again"
+    return ModelError(
+        f"{folder.name} could not be written to {str(folder.parent)!r} ({error}). What was begun "
+        f"of it is removed; {stays}. Free space on that disk, or make the folder writable, then "
+        f"{go_on}. The model in memory is that of this step: save_adapter(model, tokenizer, "
+        "folder) keeps it on another disk."
+    )
+
+
+def _prune(newest: Path, limit: int | None, best: str | None) -> None:
+    """Removes half-written checkpoints of ours, then the oldest ones over the limit."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    if limit is None or limit <= 0:
+        return
+    for folder in newest.parent.glob("checkpoint-*"):
+        half = (folder / RUN_FILE).is_file() and not (folder / WHOLE).is_file()
+        if half and folder != newest:
+            logger.warning("%s is a save that was cut off; it is removed.", folder.name)
+            shutil.rmtree(folder, ignore_errors=True)
+    rotate_checkpoints(str(newest.parent), limit, best, use_mtime=True)
 
 
 def save_teacher(teacher: Teacher | None, folder: Path) -> None:

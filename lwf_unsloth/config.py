@@ -215,6 +215,10 @@ class LwFConfig(SFTConfig):
     """Ends the run, with a checkpoint, when the KL on rehearsal rows (on task rows where there are
     none), as the mean of the last 10 logged values, is above so many nats per token; above 0. None
     is off."""
+    lwf_max_bad_steps: int = 20
+    """Steps in a row with a gradient that is not finite (each is skipped and told with its rows)
+    that end the run, 1 or more; the adapter as it was before them is kept in
+    `output_dir`/last_good."""
     lwf_cache: str = "off"
     """Where the teacher's targets of a row come from when it comes again: "off", a forward;
     "hidden", final hidden states on disk, the same loss to rounding; "topk", on disk the

@@ -24,7 +24,7 @@ COUNTS = (
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length "
     "save_total_limit eval_accumulation_steps dataset_num_proc pad_to_multiple_of lwf_cache_k "
     "self_rehearsal_rows torch_empty_cache_steps dataloader_prefetch_factor max_seq_length r "
-    "lora_alpha ddp_timeout"
+    "lora_alpha ddp_timeout lwf_max_bad_steps"
 ).split()
 NOT_NEGATIVE = (
     "learning_rate warmup_steps weight_decay max_grad_norm eval_delay dataloader_num_workers "

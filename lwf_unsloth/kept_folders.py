@@ -2,6 +2,7 @@
 place by one rename.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -12,7 +13,7 @@ from typing import Any
 
 from lwf_unsloth.errors import LwfError
 from lwf_unsloth.gguf_files import sha256
-from lwf_unsloth.whole_files import sync
+from lwf_unsloth.whole_files import sync, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,10 @@ def write_manifest(path: Path, about: dict[str, Any]) -> None:
     text = json.dumps({**about, "files": listed}, indent=2) + "\n"
     path.write_text(text, encoding="utf-8")
     for one in [*files, path]:
-        one.chmod(0o644)  # safetensors writes 0600, which a shared cache can't serve
+        with contextlib.suppress(OSError):  # some mounted folders know no modes
+            one.chmod(0o644)  # safetensors writes 0600, which a shared cache can't serve
         sync(one)
-    sync(path.parent)
+    sync_folder(path.parent)
 
 
 def is_whole(manifest: Path, needed: Iterable[str] = ()) -> bool:
@@ -62,7 +64,7 @@ def put_in_place(new: Path, target: Path, scratch: Path) -> None:
         logger.warning("%s was damaged and is replaced.", target)
         target.rename(scratch / "damaged")
     new.rename(target)
-    sync(target.parent)
+    sync_folder(target.parent)
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def self_rehearsal(
         raise ConfigError(f"batch_size is {batch_size!r}, but must be None or a number from 1.")
     pairs = None if prompts is None else _distinct(read_prompts(prompts))
     origin = {
-        **_writer_identity(model, tokenizer, adapter),
+        **writer_identity(model, tokenizer, adapter),
         "kind": kind,
         "prompts": None if pairs is None else digest(json.dumps(pairs))[:16],
         **{name: getattr(decoding, name) for name in SETTINGS},
@@ -169,7 +169,7 @@ def _distinct(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return list(found.values())
 
 
-def _writer_identity(model: Any, tokenizer: Any, adapter: bool) -> dict[str, Any]:
+def writer_identity(model: Any, tokenizer: Any, adapter: bool) -> dict[str, Any]:
     """Which weights write, with which tokenizer and template."""
     writer: Any = SimpleNamespace(model=model)
     if hasattr(model, "peft_config"):

@@ -38,7 +38,7 @@ def teacher_identity(
         "model": _model_name(model),
         "weights": digest(_config(causal_lm(model)), _weight_sample(teacher))[:16],
         "adapter": _adapter(teacher),
-        "tokenizer": _tokenizer(tokenizer),
+        "tokenizer": tokenizer_identity(tokenizer),
         "template": f"{template.name} {digest(_json(template.to_dict()))[:16]}",
         "dtype": f"{str(getattr(model, 'dtype', '')).removeprefix('torch.')}, products {products}",
     }
@@ -107,7 +107,8 @@ def _snapshot(teacher: OwnTeacher | ModelTeacher) -> dict[str, Tensor]:
     return (teacher.snapshot or {}) if isinstance(teacher, OwnTeacher) else {}
 
 
-def _tokenizer(tokenizer: Any) -> str:
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Size of the vocabulary, and a hash of all its tokens and of the special ones."""
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     vocabulary = sorted(inner.get_vocab().items(), key=lambda item: item[1])
     text = _json([vocabulary, inner.special_tokens_map])

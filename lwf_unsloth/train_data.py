@@ -13,8 +13,10 @@ from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.ranks import from_first
 from lwf_unsloth.rehearsal import drop_overlap, rehearsal_count
-from lwf_unsloth.row_writer import self_rehearsal
+from lwf_unsloth.row_writer import self_rehearsal, writer_identity
+from lwf_unsloth.run_record import resumable_written
 from lwf_unsloth.teacher import adapter_is_fresh
+from lwf_unsloth.written_file import load_written
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,8 @@ class RowEncoder:
             logger.warning(
                 "Rehearsal rows repeat in an epoch: %d drawn from %d.", needed, len(pool)
             )
-        return TrainRows(concatenate_datasets([rows, pool]), len(rows), len(pool))
+        same = pool if pool.features == rows.features else pool.cast(rows.features)
+        return TrainRows(concatenate_datasets([rows, same]), len(rows), len(pool))
 
 
 def written_rehearsal(
@@ -155,19 +158,61 @@ def written_rehearsal(
     if args.rehearsal_ratio == 0 or task is None or not len(task):
         return None
 
+    writer = model if teacher is None else teacher
+    adapter = teacher is None and not adapter_is_fresh(model)
+    wanted = min(args.self_rehearsal_rows, usable_rehearsal(args, len(task)))
+
     def write() -> Any:
+        path = Path(args.output_dir) / WRITTEN_FILE
+        if path.is_file():
+            kept = _of_interrupted(path, writer_identity(writer, tokenizer, adapter), wanted, args)
+            if kept is not None:
+                return kept
         return self_rehearsal(
-            model if teacher is None else teacher,
+            writer,
             tokenizer,
-            rows=min(args.self_rehearsal_rows, usable_rehearsal(args, len(task))),
+            rows=wanted,
             seed=args.seed,
-            adapter=teacher is None and not adapter_is_fresh(model),
-            path=Path(args.output_dir) / WRITTEN_FILE,
+            adapter=adapter,
+            path=path,
             rewrite=True,
             progress=not args.disable_tqdm,
         )
 
     return from_first(write, "write rehearsal rows")
+
+
+def _of_interrupted(path: Path, writer: dict[str, Any], wanted: int, args: LwFConfig) -> Any:
+    """The rows of the run that a checkpoint in output_dir comes from, where they would be written
+    over: by the same model, which has been trained since, or because more are wanted now.
+
+    Args:
+        path: The file of rows.
+        writer: `writer_identity` of who would write now.
+        wanted: Rows wanted now.
+        args: The run's settings.
+
+    Returns:
+        The rows, marked as that run's alone; None where they may be written or serve as they are.
+    """
+    try:
+        found = load_written(path)
+    except DataError:
+        return None
+    differ = {name for name in writer if found.origin.get(name) != writer[name]}
+    short = len(found) < wanted and found.report.asked < wanted
+    if differ - {"adapter"} or found.origin.get("seed") != args.seed or not (differ or short):
+        return None
+    found.run = resumable_written(args.output_dir, found.sha256)
+    if not found.run:
+        return None
+    logger.warning(
+        "%s holds the rows that the run of %s rehearses, and is kept for its resume: %s.",
+        path,
+        found.run,
+        "the model has been trained since" if differ else f"{wanted} rows would be written now",
+    )
+    return found
 
 
 def usable_rehearsal(args: LwFConfig, n_task: int) -> int:

@@ -5,7 +5,6 @@ With lwf_lambda 0 and no rehearsal rows every override steps aside and it is the
 
 import copy
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from lwf_unsloth.alpaca import check_tokenizer
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import LwFCollator, Roles, token_roles
 from lwf_unsloth.cache_plan import with_cache
-from lwf_unsloth.checkpoints import common_checkpoint, load_teacher, save_teacher, tell_missing
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.guard import FiniteSteps
 from lwf_unsloth.hidden import model_logits
 from lwf_unsloth.kl_meter import KLMeter
-from lwf_unsloth.locks import model_lock
+from lwf_unsloth.log_window import LogWindow
 from lwf_unsloth.measured import Measured
 from lwf_unsloth.meters import Meter
 from lwf_unsloth.objective import Objective, probe_tokens
@@ -38,10 +36,12 @@ from lwf_unsloth.preflight import tell_memory
 from lwf_unsloth.progress import show_progress
 from lwf_unsloth.rank_callbacks import CacheSharing, EpochOrder, SameTrained
 from lwf_unsloth.rehearsal import RehearsalSampler
+from lwf_unsloth.resuming import Resuming
 from lwf_unsloth.strength import Strength
 from lwf_unsloth.teacher import Teacher, make_teacher
 from lwf_unsloth.teacher_cache import CachedTeacher
 from lwf_unsloth.train_data import ENCODED, RowEncoder, written_rehearsal
+from lwf_unsloth.trainer_inputs import check_ids, check_inputs
 from lwf_unsloth.without_effect import check_without_effect
 
 prepare()
@@ -55,7 +55,7 @@ REFUSED = ("data_collator", "formatting_func", "compute_loss_func", "peft_config
 COLUMNS = ["input_ids", "labels", "is_rehearsal", "prompt_length"]
 
 
-class LwFTrainer(Measured, SFTTrainer):
+class LwFTrainer(Resuming, Measured, SFTTrainer):
     """Fine-tunes on task rows while the KL to the teacher keeps what the model knew.
 
     loss = sum CE / N_ce + lambda * sum KL / N_kl, N counted over the whole accumulated batch and
@@ -99,6 +99,8 @@ class LwFTrainer(Measured, SFTTrainer):
                     f"{name} was given, but rows, loss and adapter are made here, so it would have "
                     "no effect: leave it out (LoRA's settings stand in ModelConfig)."
                 )
+        given = {**kwargs, "eval_dataset": eval_dataset}
+        check_inputs(model, args, processing_class, teacher, given)
         args = copy.copy(args) if args is not None else LwFConfig("runs/lwf")
         check_tokenizer(processing_class)
         check_trainable(model)
@@ -112,18 +114,24 @@ class LwFTrainer(Measured, SFTTrainer):
         self._encode = RowEncoder(processing_class, args.max_length, args.train_on)
         rehearsal = None if self.lwf_rows == "none" else rehearsal_dataset
         if isinstance(rehearsal, str):
-            given = (processing_class, args, train_dataset, teacher)
-            rehearsal = written_rehearsal(rehearsal, model, *given)
+            rehearsal = written_rehearsal(
+                rehearsal, model, processing_class, args, train_dataset, teacher
+            )
+        self.written = getattr(rehearsal, "sha256", "")
+        self.rehearses_for = getattr(rehearsal, "run", "")
         self.rows = self._encode.training(
             train_dataset, rehearsal, args.rehearsal_ratio, eval_dataset
         )
+        held_out = self._encode.evaluation(eval_dataset)
+        for name, rows in (("the rows", self.rows.dataset), ("eval_dataset", held_out)):
+            check_ids(rows, model, name)
         precise = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
             args=args,
             processing_class=processing_class,
             train_dataset=self.rows.dataset,
-            eval_dataset=self._encode.evaluation(eval_dataset),
+            eval_dataset=held_out,
             data_collator=LwFCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
             **kwargs,
         )
@@ -132,7 +140,16 @@ class LwFTrainer(Measured, SFTTrainer):
         # that casts the model, LoRA included, to half precision for good.
         self.args.max_length = self._encode.max_length
         self.args.fp16_full_eval = self.args.bf16_full_eval = False
-        self.add_callback(FiniteSteps())
+        self.guard = FiniteSteps(
+            args.lwf_max_bad_steps,
+            self.rows.dataset,
+            self.rows.n_task,
+            processing_class,
+            args.output_dir,
+        )
+        self.log_window = LogWindow(self)
+        for callback in (self.guard, self.log_window):
+            self.add_callback(callback)
         restore_precision(self.model, precise)
         self._start(teacher)
 
@@ -318,48 +335,9 @@ class LwFTrainer(Measured, SFTTrainer):
         """Temperature at this step."""
         return self.strength.at(self.state)[1]
 
-    # ------------------------------------------------------- run and checkpoints
-
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Trains; `resume_from_checkpoint=True` takes the newest complete checkpoint, or starts
-        anew without one.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = common_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(
-                    "No complete checkpoint in %s: starting from the first step.",
-                    self.args.output_dir,
-                )
-            else:
-                logger.info("Resuming from %s.", resume_from_checkpoint)
-        at = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        with model_lock(self.model, "training"):
-            try:
-                return super().train(resume_from_checkpoint=at, **kwargs)
-            finally:
-                self._counts = None
-                if isinstance(self.teacher, CachedTeacher):
-                    self.teacher.close()
+    # ------------------------------------------------------------------ the run
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; says it when the warm-up is longer than half the run."""
         warn_warmup(self.args.get_warmup_steps(num_training_steps), num_training_steps)
         return super().create_scheduler(num_training_steps, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Adapter, tokenizer and the teacher's state; no pickle of the arguments, which could hold
-        a token.
-        """
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        save_teacher(self.teacher, folder)
-        self.strength.save(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The adapter, and the teacher of the interrupted run."""
-        tell_missing(Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_teacher(self.teacher, Path(resume_from_checkpoint))
-        self.strength.load(Path(resume_from_checkpoint))

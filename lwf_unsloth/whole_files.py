@@ -15,12 +15,13 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             new.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk says no name
         raise
-    with contextlib.suppress(OSError):  # mounted cloud folders sync no directory; it is written
-        sync(path.parent)
+    sync_folder(path.parent)
 
 
 def write_whole_text(path: Path, text: str) -> None:
@@ -40,3 +41,9 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """`sync` of a folder, as far as its disk can: mounted cloud folders sync none."""
+    with contextlib.suppress(OSError):
+        sync(path)

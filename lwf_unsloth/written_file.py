@@ -38,9 +38,10 @@ def save_written(rows: WrittenRows, path: str | Path) -> Path:
     if path.is_file() and path.read_bytes() != data:
         path.replace(path.with_name(f"{path.name}.old"))
     write_whole(path, data)
+    rows.sha256 = hashlib.sha256(data).hexdigest()
     head = {
         "format": _FORMAT,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": rows.sha256,
         "origin": rows.origin,
         "report": asdict(rows.report),
     }
@@ -72,7 +73,8 @@ def load_written(path: str | Path, origin: Mapping[str, Any] | None = None) -> W
             f"{path} is no whole file of self-written rows with its {origin_path(path).name} "
             f"({type(error).__name__}: {error}), so what wrote it is not known. {_what_to_do(path)}"
         ) from error
-    if hashlib.sha256(data).hexdigest() != head.get("sha256"):
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != head.get("sha256"):
         raise DataError(
             f"{path} was changed after it was written, so its rows are not those that the model "
             f"wrote. {_what_to_do(path)}"
@@ -85,7 +87,9 @@ def load_written(path: str | Path, origin: Mapping[str, Any] | None = None) -> W
         )
     rows = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
     report.reused = True
-    return WrittenRows(rows, report, found)
+    read = WrittenRows(rows, report, found)
+    read.sha256 = sha256
+    return read
 
 
 def written_before(
@@ -118,6 +122,7 @@ def written_before(
         logger.warning("Rehearsal rows are written anew. %s", error)
         return None
     kept = WrittenRows(found[:rows], found.report, found.origin)
+    kept.sha256 = found.sha256
     kept.report.kept, kept.report.ended = len(kept), sum(row["whole"] for row in kept)
     if len(found) > len(kept):
         left = kept.report.dropped.get(SURPLUS, 0) + len(found) - len(kept)

@@ -97,7 +97,12 @@ class WrittenRows(list[dict[str, Any]]):
     Attributes:
         report: What was kept and dropped.
         origin: What decides the rows: model, template, settings; equal origins, equal rows.
+        sha256: Hash of the file that holds them, empty without one.
+        run: Name of the checkpoint whose run they belong to, where only that run may have them.
     """
+
+    sha256: str = ""
+    run: str = ""
 
     def __init__(
         self, rows: Iterable[dict[str, Any]], report: WrittenReport, origin: dict[str, Any]
