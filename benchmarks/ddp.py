@@ -53,7 +53,6 @@ def work(options: argparse.Namespace) -> None:
     from lwf_unsloth.backend import prepare
 
     prepare()
-    ranks.start()
     from benchmarks._shape import make_folder
 
     folder = ranks.from_first(lambda: make_folder(options.folder, options.smoke), "make the model")

@@ -139,7 +139,6 @@ def train(
     ranks.check_launch()
     with ranks.together("read the file"):
         file = read_train_file(config)
-        ranks.start(file.training.get("ddp_timeout"))
     folder = train_from(file, resume=resume)
     if rank() == 0:
         typer.echo(f"The adapter: {folder}")

@@ -1,18 +1,23 @@
 """Processes that train together (torchrun, accelerate launch): who writes, who waits, where each
 loads, and one message when one of them fails.
 
-Each process has one device and one copy of the model (DDP). They talk about set-up and files over
-a group of their own on the CPU, so that a long wait is no time-out of the group that trains.
+Each process has one device and one copy of the model (DDP). What they say to each other about
+set-up and files goes over the launcher's store, apart from the group that trains: no wait for a
+file is a time-out there, and the group may begin whenever the libraries begin it.
 """
 
+import base64
 import datetime
+import functools
+import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from lwf_unsloth.backend import on_cuda, prepare
+from lwf_unsloth.backend import on_cuda
 from lwf_unsloth.errors import ConfigError, LwfError, RankError
 
 Made = TypeVar("Made")
@@ -29,12 +34,14 @@ SIZES = {"UNSLOTH_TP_SIZE": "tensor parallelism", "UNSLOTH_PP_SIZE": "pipeline p
 """The same as a number of parts."""
 OFF = ("", "0", "false", "no", "off")
 LONGEST_WAIT = datetime.timedelta(days=1)
-"""For another process's files; one that has ended is noticed at once."""
+"""For what another process makes; the launcher ends all when one has ended with an error."""
+SHORT_WAIT = datetime.timedelta(minutes=1)
+"""Of a process that has failed, for others that may be in the midst of something."""
+PART = 2**20
+"""Bytes that are handed over at once."""
 
 AGREED = "_lwf_agreed"
 """Attribute of an error that all processes know of."""
-
-_GROUPS: dict[str, Any] = {}
 
 
 def world() -> int:
@@ -51,35 +58,6 @@ def rank() -> int:
 def local_rank() -> int:
     """This process among those on its machine, from 0: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK") or 0) if world() > 1 else 0
-
-
-def start(timeout: object = None) -> None:
-    """Joins the other processes; before anything else of a run, and without effect alone.
-
-    Args:
-        timeout: Seconds that a step may wait for the others; None, or what is no number, is 1800.
-
-    Raises:
-        ConfigError: A launch that splits the weights, or more processes than GPUs.
-    """
-    check_launch()
-    if world() == 1:
-        return
-    import torch
-    from torch import distributed
-
-    if distributed.is_initialized():
-        return
-    seconds = float(timeout) if isinstance(timeout, (int, float)) and timeout > 0 else 1800.0
-    wait = datetime.timedelta(seconds=seconds)
-    if on_cuda():
-        prepare()  # sets the GPU's allocator up, which is too late once a device is chosen
-        device = torch.device("cuda", local_rank())
-        torch.cuda.set_device(device)
-        distributed.init_process_group("nccl", timeout=wait, device_id=device)
-    else:
-        distributed.init_process_group("gloo", timeout=wait)
-    _group()
 
 
 def check_launch(args: Any = None) -> None:
@@ -152,16 +130,50 @@ def own_device_map(asked: Any) -> Any:
 # ---------------------------------------------------------------- talking to each other
 
 
-def _group() -> Any:
-    """The processes' group on the CPU; None alone. All of them must come here in the same order."""
-    if world() == 1:
-        return None
-    start()
-    if "cpu" not in _GROUPS:
+class _Line:
+    """What the processes say to each other, in turns that all of them take in the same order."""
+
+    def __init__(self) -> None:
         from torch import distributed
 
-        _GROUPS["cpu"] = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    return _GROUPS["cpu"]
+        store, _, _ = next(distributed.rendezvous("env://"))  # the launcher's, with a prefix
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = distributed.PrefixStore(f"lwf_unsloth/{attempt}", store)
+        self.turn = 0
+
+    def exchange(self, own: Any, wait: datetime.timedelta) -> list[Any]:
+        """What each process says in this turn, by process.
+
+        Args:
+            own: What this one says.
+            wait: Most time for the others.
+        """
+        self.turn += 1
+        keys = [f"{self.turn}/{number}" for number in range(world())]
+        self.store.set(keys[rank()], json.dumps(own))
+        self.store.wait(keys, wait)
+        return [json.loads(self.store.get(key)) for key in keys]
+
+    def hand_out(self, made: Any) -> Any:
+        """What the first process has made, in all of them."""
+        self.turn += 1
+        place = f"{self.turn}/made"
+        if rank() == 0:
+            data = base64.b64encode(pickle.dumps(made)).decode()
+            parts = [data[at : at + PART] for at in range(0, len(data), PART)]
+            for number, part in enumerate(parts):
+                self.store.set(f"{place}/{number}", part)
+            self.store.set(place, str(len(parts)))
+            return made
+        self.store.wait([place], LONGEST_WAIT)
+        count = int(self.store.get(place))
+        heard = [self.store.get(f"{place}/{number}") for number in range(count)]
+        return pickle.loads(base64.b64decode(b"".join(heard)))
+
+
+@functools.cache
+def _line() -> _Line:
+    return _Line()
 
 
 @contextmanager
@@ -198,14 +210,12 @@ def from_first(make: Callable[[], Made], doing: str) -> Made:
     """
     if world() == 1:
         return make()
-    made: list[Any] = [None]
+    made: Any = None
     with together(doing):
         if rank() == 0:
-            made = [make()]
-    from torch import distributed
-
-    distributed.broadcast_object_list(made, src=0, group=_group())
-    return made[0]
+            made = make()
+    found: Made = _line().hand_out(made)
+    return found
 
 
 def _agree(error: Exception | None, doing: str) -> None:
@@ -216,11 +226,13 @@ def _agree(error: Exception | None, doing: str) -> None:
     """
     if world() == 1:
         return
-    from torch import distributed
-
-    said: list[str | None] = [None] * world()
     own = None if error is None else _text(error)
-    distributed.all_gather_object(said, own, group=_group())
+    try:
+        said = _line().exchange(own, LONGEST_WAIT if error is None else SHORT_WAIT)
+    except Exception:
+        if error is None:
+            raise
+        return  # the others are elsewhere: this one ends by itself, and the launcher ends them
     failed = [(number, text) for number, text in enumerate(said) if text is not None]
     if not failed:
         return
@@ -238,12 +250,10 @@ def wait_to_end(error: BaseException) -> None:
     and the launcher ends the others as soon as one has ended.
     """
     if getattr(error, AGREED, False):
-        from torch import distributed
-
         with suppress(Exception):  # the first one may have ended by itself
-            distributed.barrier(group=_group())
+            _line().exchange("ends", SHORT_WAIT)
     elif getattr(error, "told", False):
-        time.sleep(3)  # they do not know each other yet
+        time.sleep(3)  # they have not spoken yet
 
 
 def _text(error: Exception) -> str:
@@ -252,10 +262,12 @@ def _text(error: Exception) -> str:
 
 
 def leave() -> None:
-    """Ends the groups, at the end of a run that went well."""
-    _GROUPS.clear()
-    if world() > 1:
-        from torch import distributed
+    """At the end of a run that went well: none ends while another still speaks."""
+    if world() == 1:
+        return
+    from torch import distributed
 
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    with together("end"):
+        pass
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -6,6 +6,7 @@ Each process writes OUT_FOLDER/rank-N.json; then the first one fails in a run. `
 also what one process does.
 """
 
+import datetime
 import json
 import sys
 import time
@@ -250,6 +251,14 @@ def failures():
             act()
         except (LwfError, KeyError) as error:
             found[name] = [type(error).__name__, str(error), getattr(error, "told", None)]
+    ranks.SHORT_WAIT, usual = datetime.timedelta(seconds=0.2), ranks.SHORT_WAIT
+    try:
+        with ranks.together("come late"):
+            time.sleep(1 - ranks.rank())
+            fail(1)
+    except LwfError as error:
+        found["late"] = [type(error).__name__, str(error), error.told]
+    ranks.SHORT_WAIT = usual
     with ranks.together("go on"):
         found["afterwards"] = ranks.from_first(lambda: "whole", "make it")
     return found
@@ -275,7 +284,6 @@ def main():
     from lwf_unsloth import ranks
 
     folder, out = map(Path, sys.argv[1:3])
-    ranks.start()
     found = {"failures": failures()}
     for name, changes in SCENARIOS.items():
         found[name] = scenario(folder, out / name.replace(" ", "-"), 2, **changes)

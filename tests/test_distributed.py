@@ -308,12 +308,14 @@ def test_rehearsal_rows_cache_and_adapter_are_written_once(two):
 def test_where_one_process_fails_all_end_with_its_message_and_one_tells_it(two):
     first, second = (found["failures"] for found in two)
     for name, failed in first.items():
-        if name == "afterwards":
+        if name in ("late", "afterwards"):
             continue
         others = second[name]
         assert "no rows here" in failed[1] and "no rows here" in others[1], name
         assert failed[2] is False and others[2] in (True, None), name
     assert first["first"][0] == "DataError" and second["first"][0] == "RankError"
+    assert second["late"] == ["DataError", "no rows here", False], "it ends without the other"
+    assert first["late"][0] == "RankError" and "no rows here" in first["late"][1]
     assert first["afterwards"] == second["afterwards"] == "whole"
 
 
