@@ -11,6 +11,7 @@ from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.field_types import check_fields
 from lwf_unsloth.kl_budget import check_budget
+from lwf_unsloth.rank_schedule import freeze_phases, plain, rank_phases
 from lwf_unsloth.ranks import check_launch
 from lwf_unsloth.schedules import schedules_of
 from lwf_unsloth.without_effect import check_without_effect
@@ -203,6 +204,14 @@ class LwFConfig(SFTConfig):
     """Where the KL acts: "rehearsal" rows, "all" tokens, "response" or "prompt" tokens of task
     rows (rehearsal rows stay whole). "auto" is "rehearsal" where there are rehearsal rows, else
     "all"."""
+    rank_schedule: Any = None
+    """LoRA's rank in phases: [(0.0, 4), (0.5, 16)] trains 4 columns in the first half of the steps
+    and 16 in the second. The adapter has the last rank from the beginning (`ModelConfig.r`); a text
+    says the same, "0:4, 0.5:16". None trains all of it throughout."""
+    freeze_schedule: Any = None
+    """What stands still, in phases: [(0.0, "mlp"), (0.3, "")] moves no tensor with "mlp" in its
+    name (a regular expression) in the first 30 % of the steps, and all of them after. Also
+    "0:mlp, 0.3:"."""
     rehearsal_ratio: float = 0.1
     """Share of rehearsal rows in the mixed set, 0 <= ratio < 1; without rehearsal rows it has no
     effect."""
@@ -289,7 +298,7 @@ class LwFConfig(SFTConfig):
             "train_on",
             "label_smoothing_factor",
         ]
-        names += ["seed", "fp16", "bf16"]
+        names += ["rank_schedule", "freeze_schedule", "seed", "fp16", "bf16"]
         values = {name: getattr(self, name) for name in names}
         values["lr_scheduler_type"] = str(
             getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
@@ -320,6 +329,8 @@ def check_lwf(config: LwFConfig) -> None:
     if config.lwf_kl not in LWF_KL:
         raise _refuse("lwf_kl", config.lwf_kl, f"one of {LWF_KL}", "no other direction is built")
     schedules_of(config)
+    config.rank_schedule = plain(rank_phases(config.rank_schedule))
+    config.freeze_schedule = plain(freeze_phases(config.freeze_schedule))
     check_budget(config)
     _check_cache(config)
     _check_rehearsal(config)

@@ -22,6 +22,8 @@ class Measured(Trainer):
     """Whether it is the SFTTrainer exactly."""
     strength: Any
     """Its `Strength`."""
+    curriculum: Any
+    """Its `Curriculum`."""
     _meters: dict[str, Meter]
     _drawn: int
     """Rows that the sampler draws in an epoch."""
@@ -94,5 +96,5 @@ class Measured(Trainer):
             )
         elif "loss" in logs:
             logs.update(self._meters["train"].take(self.accelerator) or {"task_loss": logs["loss"]})
-            logs.update(self.strength.logged())
+            logs.update({**self.strength.logged(), **self.curriculum.logged()})
         super().log(logs, start_time)

@@ -39,6 +39,7 @@ class Resuming(Trainer):
     lwf_rows: str
     guard: FiniteSteps
     strength: Any
+    curriculum: Any
     teacher: Any
     log_window: LogWindow
     written: str = ""
@@ -103,6 +104,7 @@ class Resuming(Trainer):
         """As the Trainer's; what goes wrong in it can be told with its rows."""
         self.guard.begin(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self.curriculum.mask()
         self.guard.end(loss)
         return loss
 

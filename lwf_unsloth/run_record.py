@@ -46,6 +46,8 @@ TOLD = (
     "lwf_temperature",
     "lwf_temperature_schedule",
     "lwf_kl_budget",
+    "rank_schedule",
+    "freeze_schedule",
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",

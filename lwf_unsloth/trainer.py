@@ -15,6 +15,7 @@ from lwf_unsloth.backend import prepare
 from lwf_unsloth.batches import LwFCollator, Roles, token_roles
 from lwf_unsloth.cache_plan import with_cache
 from lwf_unsloth.config import LwFConfig
+from lwf_unsloth.curriculum import Curriculum
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.guard import FiniteSteps
 from lwf_unsloth.hidden import model_logits
@@ -163,7 +164,8 @@ class LwFTrainer(Resuming, Measured, SFTTrainer):
             show_progress(self)
         self.kl_meter = KLMeter.of(self.args)
         self.strength = Strength(self.args, self.accelerator)
-        for callback in (self.kl_meter, self.strength):
+        self.curriculum = Curriculum(self.model, self.args)
+        for callback in (self.kl_meter, self.strength, self.curriculum):
             self.add_callback(callback)
         tell_memory(self.model, self.args, self.rows.dataset, self.lwf_rows)
         self._counts: Tensor | None = None

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors checks bars whole_files schedules kl_budget without_effect field_types arguments
+errors checks bars whole_files schedules rank_schedule kl_budget without_effect field_types arguments
 backend ranks config
 load_report formats rows selection sources templates codec records alpaca
 rank_shares rehearsal
@@ -28,7 +28,7 @@ locks teacher cache_parts teacher_identity teacher_cache rank_callbacks
 cache_plan
 prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
-batches checkpoints run_record objective meters measured log_window kl_meter strength prechecks progress guard train_data
+batches checkpoints run_record objective meters measured log_window kl_meter strength curriculum prechecks progress guard train_data
 trainer_inputs resuming trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
 eval_sets evaluation adapter_dial best_adapter
