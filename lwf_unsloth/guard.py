@@ -23,6 +23,8 @@ SHOWN = 8
 """Rows of a step that are named."""
 WORDS = 60
 """Characters of a row that are shown."""
+TOLD = 8
+"""Skipped steps that are each told; after them only every one that doubles their number."""
 
 
 @dataclass
@@ -158,12 +160,16 @@ class FiniteSteps(TrainerCallback):
             self.in_a_row = 0
             return
         self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+        last, count = self.in_a_row >= self.most, self.skipped
+        told = last or count <= TOLD or count & (count - 1) == 0
+        if not told:
+            return
         rows = self._named(step)
         logger.warning(
-            "Step %d has a gradient that is not finite: it is skipped (%d so far). Its rows: %s.",
-            *(step.number, self.skipped, rows),
+            "Step %d has a gradient that is not finite: it is skipped (%d so far%s). Its rows: %s.",
+            *(step.number, count, _then(count), rows),
         )
-        if self.in_a_row < self.most:
+        if not last:
             return
         raise ModelError(
             f"The gradient was not finite in {self.most} steps in a row, up to step {step.number}: "
@@ -228,6 +234,11 @@ def find_row(rows: Any, ids: list[int]) -> int | None:
         same = compute.equal(compute.list_value_length(table), len(ids))
         places = compute.indices_nonzero(same).to_pylist()
     return next((place for place in places if rows[place]["input_ids"] == ids), None)
+
+
+def _then(count: int) -> str:
+    """What is told of the steps to come, so that a long run's log does not grow with them."""
+    return f"; the next is told at {1 << count.bit_length()}" if count >= TOLD else ""
 
 
 def _skips(optimizer: Any) -> bool:
