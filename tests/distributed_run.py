@@ -3,7 +3,10 @@
     torchrun --nproc_per_node 2 tests/distributed_run.py MODEL_FOLDER OUT_FOLDER
 
 Each process writes OUT_FOLDER/rank-N.json; then the first one fails in a run. `scenario` alone is
-also what one process does.
+also what one process does. By hand on two GPUs, without torchrun it then tells how far one process
+is from the two (MODEL_FOLDER is filled where it is not there):
+
+    python tests/distributed_run.py MODEL_FOLDER OUT_FOLDER
 """
 
 import datetime
@@ -36,11 +39,12 @@ def rows(count, tag):
 
 
 def load(folder):
+    from lwf_unsloth.backend import on_cuda
     from lwf_unsloth.config import ModelConfig
     from lwf_unsloth.model import load_model
 
-    config = ModelConfig(str(folder), dtype="float32", r=4, lora_alpha=8, max_seq_length=512)
-    return load_model(config)
+    dtype = "bfloat16" if on_cuda() else "float32"
+    return load_model(ModelConfig(str(folder), dtype=dtype, r=4, lora_alpha=8, max_seq_length=512))
 
 
 def disturb(model):
@@ -56,6 +60,7 @@ def disturb(model):
 
 def trainer_of(folder, output, processes, second=None, **changes):
     """26 task rows and 8 rehearsal rows at ratio 0.25 make 35 rows: the last batch is short."""
+    from lwf_unsloth.backend import on_cuda
     from lwf_unsloth.config import LwFConfig
     from lwf_unsloth.trainer import LwFTrainer
 
@@ -69,7 +74,7 @@ def trainer_of(folder, output, processes, second=None, **changes):
         "learning_rate": 1e-2,
         "warmup_steps": 0,
         "max_length": 256,
-        "bf16": False,
+        "bf16": on_cuda(),
         "disable_tqdm": True,
         "save_strategy": "no",
         "rehearsal_ratio": 0.25,
@@ -260,7 +265,8 @@ def failures():
         found["late"] = [type(error).__name__, str(error), error.told]
     ranks.SHORT_WAIT = usual
     with ranks.together("go on"):
-        found["afterwards"] = ranks.from_first(lambda: "whole", "make it")
+        long = ranks.from_first(lambda: {"text": "whole" * 10**6}, "make it")["text"]
+        found["afterwards"] = "whole" if long == "whole" * 10**6 else long[:20]
     return found
 
 
@@ -280,10 +286,38 @@ def broken_off(folder, output):
     trainer.train()
 
 
+def differences(folder, out):
+    """Of each scenario: the largest relative difference of one process to the two before."""
+    import torch
+
+    two = json.loads((out / "rank-0.json").read_text(encoding="utf-8"))
+    for part in ("failures", "resumed", "once"):
+        print(part, {k: v for k, v in two[part].items() if k != "adapter"})
+    for name, changes in SCENARIOS.items():
+        one, both = scenario(folder, out / "one" / name.replace(" ", "-"), 1, **changes), two[name]
+        steps = [
+            max(
+                float((torch.tensor(theirs[n]) - torch.tensor(ours)).norm())
+                / max(1e-12, float(torch.tensor(ours).norm()))
+                for n, ours in mine.items()
+            )
+            for mine, theirs in zip(one["grads"], both["grads"], strict=True)
+        ]
+        print(name, "gradients by step", steps, "evaluation", one["eval"], both["eval"])
+
+
 def main():
     from lwf_unsloth import ranks
 
     folder, out = map(Path, sys.argv[1:3])
+    if not folder.exists():
+        sys.path.insert(0, str(Path(__file__).resolve().parent))
+        from gpu_shapes import build
+
+        ranks.from_first(lambda: str(build("llama", folder)), "make the model")
+    out.mkdir(parents=True, exist_ok=True)
+    if ranks.world() == 1:
+        return differences(folder, out)
     found = {"failures": failures()}
     for name, changes in SCENARIOS.items():
         found[name] = scenario(folder, out / name.replace(" ", "-"), 2, **changes)
