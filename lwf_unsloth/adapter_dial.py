@@ -59,15 +59,7 @@ def set_adapter_scale(model: Any, scale: float) -> None:
         ModelError: No single active LoRA adapter, or one whose scale is more than a factor (merged,
             DoRA, trained biases or embeddings).
     """
-    if (
-        isinstance(scale, bool)
-        or not isinstance(scale, (int, float))
-        or not (math.isfinite(scale) and scale >= 0)
-    ):
-        raise ConfigError(
-            f"scale is {scale!r}, but must be a number from 0 (the base) on; 1 is the adapter as "
-            "trained."
-        )
+    _check_scale(scale)
     peft = unwrap(model)
     name = active_adapter(peft)
     layers = _lora_layers(peft, name)
@@ -83,6 +75,19 @@ def set_adapter_scale(model: Any, scale: float) -> None:
         peft.lwf_loaded = replace(loaded, lora={**loaded.lora, "lora_alpha": config.lora_alpha})
     if scale == 1:
         vars(peft)[_TRAINED].pop(name)
+
+
+def _check_scale(scale: Any) -> None:
+    """Raises a ConfigError for what is no number from 0 on."""
+    if (
+        isinstance(scale, bool)
+        or not isinstance(scale, (int, float))
+        or not (math.isfinite(scale) and scale >= 0)
+    ):
+        raise ConfigError(
+            f"scale is {scale!r}, but must be a number from 0 (the base) on; 1 is the adapter as "
+            "trained."
+        )
 
 
 def adapter_scale(model: Any) -> float:
@@ -166,6 +171,8 @@ class DialResult(Tabled):
 
     scores: Mapping[float, Scores]
     """Scale -> scores, the smallest scale first."""
+    stopped: str = ""
+    """Why scales that were asked for are missing; empty where none is."""
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -227,17 +234,19 @@ class DialResult(Tabled):
                 rows.append((name if first else "", part.measures[key].name, *cells))
                 first = False
         heads = ("set", "measure", *(f"scale {scale:g}" for scale in self.scales))
-        return ResultTable(heads, tuple(rows), one.caption)
+        caption = " ".join(text for text in (one.caption, self.stopped) if text)
+        return ResultTable(heads, tuple(rows), caption)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` reads them back."""
         scores = {f"{scale!r}": one.to_dict() for scale, one in self.scores.items()}
-        return {"what": WHAT, "scores": scores}
+        return {"what": WHAT, "scores": scores, "stopped": self.stopped}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DialResult":
         """The object that `to_dict` gave."""
-        return cls({float(scale): Scores.from_dict(one) for scale, one in values["scores"].items()})
+        scores = {float(scale): Scores.from_dict(one) for scale, one in values["scores"].items()}
+        return cls(scores, str(values.get("stopped") or ""))
 
 
 @checked()
@@ -248,6 +257,7 @@ def dial(
     scales: Sequence[float] = SCALES,
     *,
     answers: bool = False,
+    done: DialResult | None = None,
     **settings: Any,
 ) -> DialResult:
     """Retention and gain at several scales of the adapter, without training.
@@ -258,11 +268,14 @@ def dial(
         sets: As `evaluate` takes them.
         scales: The scales to try.
         answers: Whether answers are asked for at every scale too (right answers, leak).
+        done: What an earlier call that was cut off has given, of the same model, sets and settings:
+            its scales are not measured again.
         **settings: As `evaluate` takes them; `base` is the model with the adapter off.
 
     Returns:
         The scores at each scale. `set_adapter_scale(model, result.choose())` and `save_adapter`
-        keep one.
+        keep one. Where an error or an interrupt comes after the first scale, what is done is given
+        back, and `stopped` says why the rest is missing; give it as `done` to go on.
 
     Raises:
         ConfigError: A scale out of range, none, or another base.
@@ -275,14 +288,24 @@ def dial(
         )
     if not scales:
         raise ConfigError("scales is empty; give at least one, e.g. (0, 0.5, 1).")
-    found = {}
-    for scale in sorted({float(scale) for scale in scales}):
-        with scale_adapter(model, scale):
-            found[scale] = evaluate(
-                model, tokenizer, sets, answers=answers, **{**settings, "label": f"scale {scale:g}"}
-            )
-        logger.info("dial: scale %g done", scale)
-    return DialResult(found)
+    for scale in scales:
+        _check_scale(scale)
+    found, stopped = dict(done.scores) if done is not None else {}, ""
+    for scale in sorted({float(scale) for scale in scales} - found.keys()):
+        label = f"scale {scale:g}"
+        try:
+            with scale_adapter(model, scale):
+                given = {**settings, "label": label}
+                found[scale] = evaluate(model, tokenizer, sets, answers=answers, **given)
+        except (Exception, KeyboardInterrupt) as error:
+            if not found:
+                raise
+            why = str(error).split("\n")[0] or type(error).__name__
+            stopped = f"Stopped at {label}, so later scales are missing: {why}"
+            logger.warning("dial: %s", stopped)
+            break
+        logger.info("dial: %s done", label)
+    return DialResult(dict(sorted(found.items())), stopped)
 
 
 def _cost(measure: Measure) -> float:

@@ -2,10 +2,12 @@
 needs.
 """
 
+import contextlib
 import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from lwf_unsloth.errors import ModelError
 from lwf_unsloth.loaded import LoadedModel
 from lwf_unsloth.model_card import adapter_card
 from lwf_unsloth.templates import get_template
-from lwf_unsloth.whole_files import sync
+from lwf_unsloth.whole_files import sync, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +182,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
     Raises:
         ModelError: No adapter there, pickled weights only, or another kind than LoRA.
     """
+    recover(folder)
     config = _read_json(folder / "adapter_config.json")
     if not config:
         raise ModelError(
@@ -273,25 +276,52 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that takes the target's place by a rename when the block ends well.
 
     Raises:
-        ModelError: The target holds files that the new one would not replace.
+        ModelError: The target holds files that the new one would not replace, or the disk is full
+            or may not be written.
     """
+    from safetensors import SafetensorError
+
+    recover(target)
     if target.exists():
         _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch = target
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         new = scratch / "new"
         new.mkdir()
         yield new
         for path in new.iterdir():
-            path.chmod(0o644)  # safetensors writes 0600
+            with contextlib.suppress(OSError):  # some mounted folders know no modes
+                path.chmod(0o644)  # safetensors writes 0600
             sync(path)
         if target.exists():
             target.rename(scratch / "old")
         new.rename(target)
-        sync(target.parent)
+        sync_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{str(target)!r} could not be written ({error}). What was there before is as it was. "
+            "Free space on that disk, make the folder writable, or name another one."
+        ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch != target:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Puts in place what a save has left whole beside it when it was killed between two renames.
+
+    Folders that a killed save left otherwise are removed when they are an hour old.
+    """
+    for left in sorted(target.parent.glob(f".{target.name}-*")):
+        if not target.exists() and (left / "old").is_dir():  # "new" was synced before
+            whole = left / ("new" if (left / "new").is_dir() else "old")
+            whole.rename(target)
+            logger.warning("A save of %s was cut off; what it had written is put in place.", target)
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_replaceable(target: Path) -> None:

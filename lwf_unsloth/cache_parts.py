@@ -275,7 +275,11 @@ class PartStore:
                 self._index.update(dict.fromkeys(keys, future.result()))
             except OSError as error:
                 if self.writes:
-                    logger.warning("The teacher cache grows no further: %s.", error)
+                    logger.warning(
+                        "The teacher cache in %s grows no further, and rows that are not in it are "
+                        "computed: %s. Free space there, or set lwf_cache_dir to another folder.",
+                        *(self.folder, error),
+                    )
                 self.writes = False
             for key in keys:
                 self._pending.pop(key, None)

@@ -1,7 +1,9 @@
 """Adapters: saved whole, loaded back onto their own base alone, merged to what they answered."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -313,10 +315,27 @@ def test_a_failed_save_leaves_the_old_adapter_and_nothing_else(copy, tiny_model_
         def save_pretrained(self, folder):
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ModelError, match=r"copy' could not be written \(disk full\).*as it was"):
         save_adapter(model, Broken(), copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("half", [("old",), ("old", "new")])
+def test_a_save_that_was_killed_between_its_two_renames_is_put_in_place(copy, caplog, half):
+    from lwf_unsloth.adapters import read_adapter
+
+    scratch = copy.parent / ".copy-abc"
+    for name in half:
+        shutil.copytree(copy, scratch / name)
+        (scratch / name / "which").write_text(name)
+    shutil.rmtree(copy)
+    assert read_adapter(copy).folder == copy
+    assert (copy / "which").read_text() == half[-1] and "was cut off" in caplog.text
+    old = time.time() - 7200
+    os.utime(scratch, (old, old))
+    read_adapter(copy)
+    assert not scratch.exists(), "what a killed save has left goes after an hour"
 
 
 def test_saving_again_replaces_an_adapter_but_no_other_folder(copy, tiny_model_dir, tmp_path):

@@ -184,3 +184,37 @@ def test_adapters_that_are_more_than_a_factor_are_refused(trained, alpaca_rows):
         dial(model, tokenizer, {"a": alpaca_rows(2)}, ())
     with pytest.raises(ModelError, match="active adapters"):
         set_adapter_scale(torch.nn.Linear(2, 2), 0.5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the disk\nis full"), KeyboardInterrupt()])
+def test_scales_that_are_done_are_kept_when_an_error_comes_and_not_measured_again(
+    trained, alpaca_rows, monkeypatch, error
+):
+    from lwf_unsloth import adapter_dial
+
+    model, tokenizer = trained
+    sets = {"task": alpaca_rows(2), "general": alpaca_rows(2, "general")}
+    measure, asked = adapter_dial.evaluate, []
+
+    def failing(*args, **settings):
+        asked.append(settings["label"])
+        if settings["label"] == "scale 0.5":
+            raise error
+        return measure(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_dial, "evaluate", failing)
+        part = dial(model, tokenizer, sets, (0, 0.5, 1))
+        with pytest.raises(type(error)):
+            dial(model, tokenizer, sets, (0.5, 1))
+    assert part.scales == (0.0,) and "Stopped at scale 0.5" in part.stopped
+    assert part.stopped in str(part) and adapter_scale(model) == 1
+    again = DialResult.from_dict(json.loads(json.dumps(part.to_dict())))
+    asked.clear()
+    monkeypatch.setattr(
+        adapter_dial, "evaluate", lambda *a, **k: asked.append(k) or measure(*a, **k)
+    )
+    whole = dial(model, tokenizer, sets, (0, 0.5, 1), done=again)
+    assert whole.scales == (0.0, 0.5, 1.0) and not whole.stopped
+    assert [one["label"] for one in asked] == ["scale 0.5", "scale 1"]
+    assert whole.scores[0.0].to_dict() == part.scores[0.0].to_dict()

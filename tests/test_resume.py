@@ -1,0 +1,160 @@
+"""A resumed run is the interrupted one, or it is refused; checkpoints are whole or told."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lwf_unsloth import checkpoints, kept_folders
+from lwf_unsloth.checkpoints import is_complete, latest_checkpoint
+from lwf_unsloth.errors import ConfigError, ModelError
+
+STEPS = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture()
+def interrupted(make_trainer, tmp_path):
+    """A run of 4 steps with checkpoints at 2 and 4, the later one taken away."""
+    make_trainer(**STEPS).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    return tmp_path / "run"
+
+
+def test_every_log_line_of_a_resumed_run_is_that_of_the_uninterrupted_one(make_trainer, tmp_path):
+    run = {**STEPS, "num_train_epochs": 2, "logging_steps": 3, "max_steps": 8}
+    whole = make_trainer(**run)
+    whole.train()
+    again = make_trainer(**run)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    lines = [
+        [
+            {k: v for k, v in line.items() if not k.startswith("train_") or k == "train_loss"}
+            for line in log
+        ]
+        for log in (whole.state.log_history, again.state.log_history)
+    ]
+    assert len(lines[0]) == 3 and lines[0] == lines[1]
+
+
+CHANGES = {
+    "max_length": ({"max_length": 110}, "max_length .256 there, 110 now.*rows are cut"),
+    "data": ({"task": 11}, "task rows .12 rows .* there, 11 rows"),
+    "rehearsal": ({"rehearsal": 5}, "rehearsal rows .6 rows .* there, 5 rows"),
+    "seed": ({"seed": 7}, "seed .42 there, 7 now"),
+    "where": ({"lwf_rows": "all"}, "lwf_rows .rehearsal there, all now"),
+    "batch": ({"per_device_train_batch_size": 2}, "rows a step .4 there, 2 now"),
+}
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(
+    make_trainer, tiny_peft, interrupted, monkeypatch
+):
+    model, tokenizer = tiny_peft()
+    for changes, said in CHANGES.values():
+        with pytest.raises(ConfigError, match=f"checkpoint-2 .* another run.*{said}.*output_dir"):
+            make_trainer(model, tokenizer, **STEPS, **changes).train(resume_from_checkpoint=True)
+
+
+def test_another_template_tokenizer_or_adapter_is_another_run(make_trainer, tiny_peft, interrupted):
+    from lwf_unsloth.templates import PLAIN, set_template
+
+    model, tokenizer = tiny_peft(r=2)
+    set_template(tokenizer, PLAIN)
+    with pytest.raises(ConfigError) as told:
+        make_trainer(model, tokenizer, **STEPS).train(resume_from_checkpoint=True)
+    text = str(told.value)
+    assert "template (alpaca " in text and "plain " in text and "lora (" in text
+    assert "'r': 4" in text and "'r': 2" in text and "load_model(config, adapter=" in text
+
+
+def test_a_setting_that_may_change_is_told_and_kept(make_trainer, interrupted, caplog):
+    again = make_trainer(**STEPS, lwf_lambda=4.0, learning_rate=1e-3)
+    again.train(resume_from_checkpoint=True)
+    assert "lwf_lambda 2.0 -> 4.0, learning_rate 0.01 -> 0.001" in caplog.text
+    record = json.loads((interrupted / "checkpoint-4" / "lwf_run.json").read_text())
+    assert record["changes"] == [
+        {"at": "checkpoint-2", "lwf_lambda": [2.0, 4.0], "learning_rate": [0.01, 0.001]}
+    ]
+
+
+def test_the_same_step_in_smaller_parts_is_the_same_run(make_trainer, interrupted):
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    again = make_trainer(**STEPS, **smaller)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+def full(path=None):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_names_the_folder_and_leaves_the_earlier_checkpoint(
+    make_trainer, monkeypatch, tmp_path
+):
+    trainer, sync = make_trainer(**STEPS, save_total_limit=1), kept_folders.sync
+
+    def late(path):
+        return full() if "checkpoint-4" in str(path) else sync(path)
+
+    monkeypatch.setattr(kept_folders, "sync", late)
+    with pytest.raises(ModelError) as told:
+        trainer.train()
+    text = str(told.value)
+    assert "checkpoint-4 could not be written to" in text and str(tmp_path / "run") in text
+    assert "No space left" in text and "checkpoint-2 is whole and stays" in text
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert is_complete(tmp_path / "run" / "checkpoint-2")
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_whole(make_trainer, monkeypatch, tmp_path):
+    write, seen = checkpoints.write_manifest, []
+
+    def noted(path, about):
+        whole = [p.name for p in path.parent.parent.glob("checkpoint-*") if is_complete(p)]
+        seen.append(sorted(whole))
+        write(path, about)
+
+    monkeypatch.setattr(checkpoints, "write_manifest", noted)
+    half = tmp_path / "run" / "checkpoint-3"
+    half.mkdir(parents=True)
+    (half / "lwf_run.json").write_text("{}")
+    make_trainer(**STEPS, save_total_limit=1, num_train_epochs=2).train()
+    assert seen == [[], ["checkpoint-2"], ["checkpoint-4"], ["checkpoint-6"]]
+    left = [p.name for p in (tmp_path / "run").glob("checkpoint-*")]
+    assert left == ["checkpoint-8"], "a half-written one does not take a whole one's place"
+
+
+def test_a_checkpoint_with_any_byte_changed_is_passed_over(make_trainer, tmp_path):
+    make_trainer(**STEPS).train()
+    kept_folders._sha256_once.cache_clear()
+    newest = tmp_path / "run" / "checkpoint-4"
+    for path in sorted(newest.iterdir()):
+        data = path.read_bytes()
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        kept_folders._sha256_once.cache_clear()
+        assert latest_checkpoint(tmp_path / "run", quiet=True).name == "checkpoint-2", path.name
+        path.write_bytes(data)
+    kept_folders._sha256_once.cache_clear()
+    assert latest_checkpoint(tmp_path / "run") == newest
+    (newest / "lwf_whole.json").unlink()
+    assert latest_checkpoint(tmp_path / "run").name == "checkpoint-2", "it is written last"
+
+
+def test_a_full_disk_says_which_file(tmp_path, monkeypatch):
+    from lwf_unsloth.whole_files import write_whole
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left.*rows.jsonl"):
+        write_whole(tmp_path / "rows.jsonl", b"x")
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.slow
+def test_processes_killed_at_random_moments_end_as_if_nothing_had_been(tmp_path):
+    from campaigns.kill import campaign
+
+    found = campaign(tmp_path, kills=3, seed=1, shares=("saving", "conversion", "sweep"))
+    assert found["kills"] == found["survived"] == 3 and found["equal_bit_for_bit"], found
