@@ -1,0 +1,190 @@
+"""The forgetting benchmark: its rows, its order of work, one base for many adapters, going on after
+a kill, and what its report says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import _forgetting_arms as arms  # noqa: E402
+from benchmarks import _sql_task, forgetting  # noqa: E402
+from lwf_unsloth.errors import DataError  # noqa: E402
+from lwf_unsloth.kept_folders import write_manifest  # noqa: E402
+
+COLUMNS = "pets.id | pets.name | pets.* | owner.pet | owner.*"
+TASKS = [
+    {
+        "examples": [
+            {"input": f"How many pets? | * | {COLUMNS}", "target": ["select count ( pets.* )"]},
+            {
+                "input": f"And owners? | How many pets? | * | {COLUMNS}",
+                "target": ["select count ( owner.* )"],
+            },
+        ]
+    },
+    {"examples": [{"input": f"How many pets? | * | {COLUMNS}", "target": ["select pets.*"]}]},
+]
+
+
+def test_a_question_comes_once_with_its_tables_and_what_was_asked_before():
+    first, second = _sql_task.sql_rows(TASKS)
+    assert first["input"] == "pets(id, name)\nowner(pet)"
+    assert first["instruction"].endswith("\nQuestion: How many pets?")
+    assert first["output"] == "select count ( pets.* )" and first["database"] == "pets"
+    assert "Earlier questions: How many pets?\nQuestion: And owners?" in second["instruction"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("select a.x , a.y", 1),
+        ("SELECT  a.y ,\na.x;", 1),
+        ("```sql\nselect a.x , a.y\n```", 1),
+        ("select a.x", 0),
+        ("select a.x , a.y where a.z = value", 0),
+        ("", 0),
+    ],
+)
+def test_a_query_is_right_in_any_accepted_form_whatever_its_case_and_spaces(answer, right):
+    row = {"accepted": ["select a.x , a.y", "select a.y , a.x"]}
+    assert _sql_task.exact_sql(answer, row) == right
+
+
+def test_another_file_than_the_checked_one_is_refused(tmp_path):
+    wrong = tmp_path / "bigbench.tar.gz"
+    wrong.write_bytes(b"something else")
+    with pytest.raises(DataError, match="has the hash"):
+        _sql_task.prepare(tmp_path / "data", sdist=wrong)
+    with pytest.raises(DataError, match="--prepare"):
+        _sql_task.load(tmp_path, "gemma-3-270m")
+
+
+# ------------------------------------------------------------------- the order of work
+
+
+def row(arm, lr, score, seed=0, **more):
+    return {"arm": arm, "lr": lr, "seed": seed, "new_score": score, **more}
+
+
+def planned(rows, seeds=(0, 1, 2)):
+    return arms.plan(rows, seeds, arms.NAMES)
+
+
+def test_a_rate_is_raised_until_the_score_falls_and_the_best_gets_every_seed():
+    rows = [
+        row("plain_sft", rate, score) for rate, score in ((1e-3, 0.1), (2e-3, 0.2), (4e-3, 0.3))
+    ]
+    assert arms.Job("plain_sft", 8e-3) in planned(rows)
+    assert arms.best_rate(rows, "plain_sft", 0) is None, "8e-3 may be better still"
+    rows.append(row("plain_sft", 8e-3, 0.25))
+    assert arms.best_rate(rows, "plain_sft", 0) == 4e-3
+    found = planned(rows)
+    assert {arms.Job("plain_sft", 4e-3, seed) for seed in (0, 1, 2)} <= set(found)
+    assert arms.Job("plain_sft", 1.6e-2) not in found
+
+
+def test_a_rate_that_fails_does_not_hold_up_the_ladder():
+    rows = [row("ours", 1e-3, 0.1), row("ours", 2e-3, 0.2)]
+    rows.append({"arm": "ours", "lr": 4e-3, "seed": 0, "error": "NaN"})
+    assert arms.best_rate(rows, "ours", 0) == 2e-3
+
+
+def test_the_other_arms_wait_for_the_rate_that_is_best_for_ours():
+    assert {job.arm for job in planned([])} == {"frozen", "plain_sft", "ours", "document"}
+    rows = [row("ours", rate, score) for rate, score in ((1e-3, 0.3), (2e-3, 0.2), (4e-3, 0.1))]
+    found = planned(rows)
+    assert {job.arm for job in found} == set(arms.NAMES)
+    assert arms.Job("ours_t2", 1e-3) in found and arms.Job("masked_all", 1e-3) in found
+    assert len(found) == len(set(found))
+
+
+def test_every_arm_has_settings_that_the_library_takes(tmp_path):
+    from lwf_unsloth.config import LwFConfig
+
+    for name in arms.FAMILIES:
+        values = arms.settings_of(arms.Job(name, 1e-3), 166, 16)
+        config = LwFConfig(str(tmp_path), **values)
+        assert config.per_device_train_batch_size * (1 - config.rehearsal_ratio) == pytest.approx(
+            16
+        )
+    assert arms.unavailable(["lwf_lambda"]) != []
+    assert "ours_rank" in arms.unavailable(
+        [n for n in LwFConfig.__dataclass_fields__ if n != "rank_schedule"]
+    )
+
+
+# --------------------------------------------------------------------- a tiny model
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A prepared folder of made-up rows."""
+    folder = tmp_path_factory.mktemp("sql")
+    rows = [
+        {
+            "instruction": f"Question: How many in {name} {i}?",
+            "input": f"{name}(id, number{i})",
+            "output": f"select {name}.number{i}",
+            "accepted": [f"select {name}.number{i}"],
+            "database": name,
+            "long": False,
+        }
+        for name in ("museum", "stadium", "singer")
+        for i in range(12)
+    ]
+    general = [
+        {"instruction": f"Say {i}.", "input": "", "output": f"The number is {i}."}
+        for i in range(30)
+    ]
+    _sql_task._write(folder / "sql.jsonl", rows)
+    _sql_task._write(folder / "general.jsonl", general)
+    _sql_task._write(
+        folder / "web.jsonl", [{"text": f"The quick brown fox {i} jumps."} for i in range(4)]
+    )
+    write_manifest(folder / "manifest.json", {})
+    return folder
+
+
+@pytest.fixture()
+def options(tmp_path, tiny_model_dir, prepared):
+    """The command's options on the tiny model."""
+
+    def make(*more):
+        words = ["--smoke", "--model", "tiny", "--model-path", str(tiny_model_dir), "--rank", "4"]
+        words += ["--data", str(prepared), "--out", str(tmp_path / "out"), "--dtype", "float32"]
+        found = forgetting._parser().parse_args([*words, "--rows", "24", *map(str, more)])
+        found.steps, found.score_batch, found.answer_batch = 2, 8, 8
+        found.scratch = tmp_path / f"scratch{len(list(tmp_path.iterdir()))}"
+        found.scratch.mkdir()
+        return found
+
+    return make
+
+
+@pytest.fixture()
+def bench(options, prepared):
+    """A bench on the tiny model."""
+    from benchmarks._forgetting_bench import Bench
+
+    return lambda: Bench(options(), _sql_task.load(prepared, "tiny").few(24))
+
+
+def figures(found):
+    """Rows and items of a job, without times."""
+    rows, items = found
+    return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in rows], items
+
+
+def test_an_adapter_begun_anew_on_a_loaded_base_gives_what_a_fresh_load_gives(bench):
+    first = bench()
+    job = arms.Job("ours", 5e-2, 1)
+    expected = figures(first.run(job))
+    assert expected[0][0]["kl_general"] > 0, "it has learned something"
+    first.run(arms.Job("plain_sft", 5e-2, 0))
+    assert figures(first.run(job)) == expected
+    assert figures(bench().run(job)) == expected
+    frozen = figures(first.run(arms.Job("frozen")))[0][0]
+    assert frozen["kl_general"] == 0 and frozen["gain"] == 0
