@@ -3,7 +3,7 @@
 #
 #   bash colab_setup.sh            prepare the running Python (Colab, Kaggle, an environment of your own)
 #   bash colab_setup.sh demo       make .venv here, install, run the demo
-#   bash colab_setup.sh test       make .venv here, install with the test tools, run the tests
+#   bash colab_setup.sh test       make .venv here, install with the test tools and Chromium, run the tests
 #
 # What follows `demo` or `test` goes to the demo or to pytest. PYTHON=/path/to/python chooses another Python,
 # TORCH_CPU_INDEX another place for the CPU build of torch. It may be run as often as you like: what is there is kept.
@@ -58,6 +58,7 @@ TEST_PINS="
 hypothesis==6.170.17        >=6.100
 immutabledict==4.3.1        >=4
 ipykernel==7.4.0            >=6.29
+jupyterlab==4.6.6           >=4.4
 jupytext==1.19.6            >=1.16
 langdetect==1.0.9           >=1.0.9
 mypy==2.4.1                 >=1.15
@@ -65,6 +66,7 @@ nbconvert==7.17.2           >=7.16
 nltk==3.10.4                >=3.9.1
 optuna==5.0.0               >=4.2
 papermill==2.7.0            >=2.6
+playwright==1.65.2          >=1.50
 psycopg==3.3.9              >=3.2
 psycopg-binary==3.3.9       >=3.2
 pytest==9.2.0               >=8.3
@@ -72,6 +74,7 @@ pytest-timeout==2.4.0       >=2.3
 pytest-xdist==3.8.0         >=3.6
 ruff==0.17.6                >=0.11
 sacrebleu==2.6.0            >=2.4
+voila==0.5.13               >=0.5
 "
 # Without its requirements: scikit-learn, scipy and evaluate serve metrics that none of our tasks has.
 BARE_TEST_PINS="
@@ -80,24 +83,30 @@ lm_eval==0.4.13             >=0.4.12
 # What those bring with them, as tested; used in .venv only.
 REST_PINS="
 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 alembic==1.20.1 annotated-doc==0.0.7 annotated-types==0.8.0
-anyio==4.16.0 ast_serialize==0.13.1 asttokens==3.0.2 attrs==26.1.0 beautifulsoup4==4.15.0 bleach==6.4.0
-certifi==2026.10.19.post1 charset-normalizer==3.5.2 click==8.5.1 cloudpickle==3.1.3 colorama==0.4.6 colorlog==6.12.0
-comm==0.2.3 contourpy==1.3.3 cycler==0.12.1 debugpy==1.8.22 defusedxml==0.7.1 dill==0.4.1 docstring_parser==0.18.0
-entrypoints==0.4.2 execnet==2.1.2 executing==2.3.0 fastjsonschema==2.22.3 filelock==4.2.12 fonttools==4.68.0
-frozenlist==1.8.0 fsspec==2026.2.0 h11==0.16.0 hf-xet==1.8.0 httpcore==1.0.9 httpx==0.28.1 huggingface_hub==1.33.0
-idna==3.20 iniconfig==2.3.1 ipython==9.18.1 ipython_pygments_lexers==1.1.1 jedi==0.20.1 Jinja2==3.1.6 joblib==1.6.0
-jsonschema==4.26.0 jsonschema-specifications==2025.9.1 jupyter_client==8.10.0 jupyter_core==5.9.1
-jupyterlab_pygments==0.3.0 jupyterlab_widgets==3.0.17 kiwisolver==1.5.1 librt==0.17.0 lxml==6.1.3 Mako==1.4.3
-markdown-it-py==4.3.0 MarkupSafe==3.0.4 matplotlib-inline==0.2.2 mdit-py-plugins==0.7.0 mdurl==0.1.2 mistune==3.4.0
-mpmath==1.3.0 multidict==7.2.1 multiprocess==0.70.19 mypy_extensions==1.2.0 nbclient==0.11.0 nbformat==5.11.1
-nest-asyncio2==1.7.4 networkx==3.6.1 numpy==2.4.6 packaging==26.3 pandas==3.1.1 pandocfilters==1.5.1 parso==0.8.7
-pathspec==1.1.1 pexpect==4.9.0 platformdirs==4.14.8 pluggy==1.7.0 portalocker==4.4.2 prompt_toolkit==3.0.53
-propcache==0.5.4 ptyprocess==0.7.0 pure_eval==0.2.4 pyarrow==26.0.1 pydantic_core==2.50.5 Pygments==2.21.0
-pyparsing==3.3.3 python-dateutil==4.0.0 PyYAML==6.0.4 pyzmq==27.3.0 referencing==0.37.0 regex==2026.11.19
-requests==2.34.2 rpds-py==2026.9.1 shellingham==1.5.4 six==1.17.0 sortedcontainers==2.4.0 soupsieve==4.1.3
-SQLAlchemy==2.1.9 stack-data==0.6.3 sympy==1.14.0 tabulate==0.10.0 tenacity==9.2.1 tinycss2==1.5.1 tokenizers==0.23.3
-tornado==6.6.1 tqdm==4.70.1 traitlets==5.16.1 typeguard==4.6.1 typing_extensions==4.16.0 typing-inspection==0.4.5
-tzdata==2026.6 urllib3==2.8.0 wcwidth==0.9.4 webencodings==0.6.1 widgetsnbextension==4.0.16 xxhash==4.1.0 yarl==1.25.1
+anyio==4.16.0 argon2-cffi==25.1.0 argon2-cffi-bindings==26.2.0 arrow==1.4.0 ast_serialize==0.13.1 asttokens==3.0.2
+async-lru==2.4.0 attrs==26.1.0 babel==2.18.0 beautifulsoup4==4.15.0 bleach==6.4.0 certifi==2026.10.19.post1 cffi==2.1.1
+charset-normalizer==3.5.2 click==8.5.1 cloudpickle==3.1.3 colorama==0.4.6 colorlog==6.12.0 comm==0.2.3 contourpy==1.3.3
+cycler==0.12.1 debugpy==1.8.22 defusedxml==0.7.1 dill==0.4.1 docstring_parser==0.18.0 entrypoints==0.4.2 execnet==2.1.2
+executing==2.3.0 fastjsonschema==2.22.3 filelock==4.2.12 fonttools==4.68.0 fqdn==1.6.0 frozenlist==1.8.0
+fsspec==2026.2.0 greenlet==3.5.6 h11==0.16.0 hf-xet==1.8.0 httpcore==1.0.9 httpx==0.28.1 huggingface_hub==1.33.0
+idna==3.20 iniconfig==2.3.1 ipython==9.18.1 ipython_pygments_lexers==1.1.1 isoduration==20.11.0 jedi==0.20.1
+Jinja2==3.1.6 joblib==1.6.0 jsonpointer==3.12 jsonschema==4.26.0 jsonschema-specifications==2025.9.1
+jupyter_builder==1.3.0 jupyter_client==8.10.0 jupyter_core==5.9.1 jupyter-events==0.12.1 jupyter-lsp==2.3.1
+jupyter_server==2.21.1 jupyter_server_terminals==0.5.4 jupyterlab_pygments==0.3.0 jupyterlab_server==2.28.1
+jupyterlab_widgets==3.0.17 kiwisolver==1.5.1 lark==1.3.1 librt==0.17.0 lxml==6.1.3 Mako==1.4.3 markdown-it-py==4.3.0
+MarkupSafe==3.0.4 matplotlib-inline==0.2.2 mdit-py-plugins==0.7.0 mdurl==0.1.2 mistune==3.4.0 mpmath==1.3.0
+multidict==7.2.1 multiprocess==0.70.19 mypy_extensions==1.2.0 nbclient==0.11.0 nbformat==5.11.1 nest-asyncio2==1.7.4
+networkx==3.6.1 notebook_shim==0.2.4 numpy==2.4.6 overrides==7.7.0 packaging==26.3 pandas==3.1.1 pandocfilters==1.5.1
+parso==0.8.7 pathspec==1.1.1 pexpect==4.9.0 platformdirs==4.14.8 pluggy==1.7.0 portalocker==4.4.2
+prometheus_client==0.26.0 prompt_toolkit==3.0.53 propcache==0.5.4 ptyprocess==0.7.0 pure_eval==0.2.4 pyarrow==26.0.1
+pycparser==3.12 pydantic_core==2.50.5 Pygments==2.21.0 pyparsing==3.3.3 python-dateutil==4.0.0 python-json-logger==4.2.0
+PyYAML==6.0.4 pyzmq==27.3.0 referencing==0.37.0 regex==2026.11.19 requests==2.34.2 rfc3339-validator==0.1.4
+rfc3986-validator==0.1.1 rfc3987-syntax==1.1.0 rpds-py==2026.9.1 Send2Trash==2.2.0 shellingham==1.5.4 six==1.17.0
+sortedcontainers==2.4.0 soupsieve==4.1.3 SQLAlchemy==2.1.9 stack-data==0.6.3 sympy==1.14.0 tabulate==0.10.0
+tenacity==9.2.1 terminado==0.18.1 tinycss2==1.5.1 tokenizers==0.23.3 tornado==6.6.1 tqdm==4.70.1 traitlets==5.16.1
+typeguard==4.6.1 typing_extensions==4.16.0 typing-inspection==0.4.5 tzdata==2026.6 uri-template==1.3.0 urllib3==2.8.0
+wcwidth==0.9.4 webcolors==25.10.0 webencodings==0.6.1 websocket-client==1.9.2 websockets==17.4
+widgetsnbextension==4.0.16 xxhash==4.1.0 yarl==1.25.1
 "
 # The CPU build of torch lies on torch's own index; PyPI's build for x86-64 Linux brings the CUDA libraries along.
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
@@ -381,6 +390,37 @@ if sys.argv[1] == "yes" and not backend.on_cuda():
 PYTHON
 }
 
+browser_works() { # a `chromium-browser` that only says where to get one is none
+  local name
+  for name in ${CHROMIUM:+"$CHROMIUM"} $([ -n "${CHROMIUM:-}" ] || echo chromium chromium-browser google-chrome-stable google-chrome); do
+    if "$name" --version >/dev/null 2>&1; then return; fi
+  done
+  return 1
+}
+
+bring_browser() { # The browser tests drive Debian's Chromium; where none can be had they are skipped, with CI set they fail.
+  local as=() why=""
+  if browser_works; then return; fi
+  step "install Chromium (for the browser tests; a minute or more)"
+  [ "$(id -u)" = 0 ] || as=(sudo -n)
+  if [ -n "${CHROMIUM:-}" ]; then
+    why="CHROMIUM=$CHROMIUM does not start"
+  elif ! command -v apt-get >/dev/null 2>&1; then
+    why="there is no apt-get here"
+  elif ! ${as[@]+"${as[@]}"} true 2>/dev/null; then
+    why="this user is neither root nor may use sudo"
+  elif ! { ${as[@]+"${as[@]}"} apt-get update &&
+    ${as[@]+"${as[@]}"} env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium fonts-dejavu-core
+  } >"$WORK/apt.log" 2>&1 </dev/null; then
+    why="apt-get could not: $(grep '^E:' "$WORK/apt.log" | tail -n 1 || true)"
+  elif ! browser_works; then
+    why="the one that apt-get installed does not start"
+  fi
+  if [ -z "$why" ]; then echo "Chromium installed."; return; fi
+  echo "NOTE: no Chromium ($why), so the browser tests are skipped (with CI set they fail)."
+  echo "      To do: sudo apt-get install chromium, or CHROMIUM=/path/to/chromium"
+}
+
 main() {
   local use=${1:-} target=venv
   case "$use" in
@@ -400,6 +440,7 @@ main() {
   INSTALLED=no
   install "$target"
   if [ "$target" = running ] || [ "$INSTALLED" = yes ]; then check; fi
+  if [ "$use" = test ]; then bring_browser; fi
   rm -rf "$WORK"
   case "$use" in
     demo) step "demo" && exec .venv/bin/lwf-unsloth demo "$@" ;;

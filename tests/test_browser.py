@@ -23,7 +23,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture()
 def person(lab):
-    """A browser whose page asked for nothing outside and opened no dialog, and neither the kernel."""
+    """A browser; neither its page nor the kernel asked for anything outside, no dialog opened."""
     with browser() as one:
         yield one
         assert one.outside == [] and lab.outside == [] and one.dialogs == []

@@ -123,6 +123,7 @@ class Place:
 def place(tmp_path: Path) -> Place:
     found = Place(tmp_path)
     found.tool("nvidia-smi", "exit 9")
+    found.tool("chromium", "exit 0")
     return found
 
 
@@ -375,6 +376,27 @@ def test_test_adds_the_test_tools_and_returns_what_pytest_returns(place: Place) 
     assert re.search("tests ran with: .*-k loss or kl\n", run.stdout) and run.returncode == 7
     added = {word.split("==")[0] for call in place.calls() for word in call["wanted"]}
     assert set(pins("TEST_PINS", "BARE_TEST_PINS")) == {name.replace("_", "-") for name in added}
+
+
+def test_a_missing_chromium_is_installed_or_a_line_says_why_it_is_not(place: Place) -> None:
+    fake_venv_maker(place)
+    for name in ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome"):
+        place.tool(name, "exit 1")
+    place.tool("sudo", 'shift; "$@"')
+    place.tool("apt-get", 'echo "E: no such package" >&2; exit 100')
+    run = place.run("test", PYTHON="")
+    assert "NOTE: no Chromium (apt-get could not: E: no such package)" in run.stdout
+    assert "tests ran with" in run.stdout and run.returncode == 7
+    asked = place.tools / "asked"
+    made = f'[ "$1" = update ] || printf "#!/bin/sh\\n" >"{place.tools}/chromium"'
+    place.tool("apt-get", f'echo "$@" >>"{asked}"\n{made}')
+    run = place.run("test", PYTHON="")
+    assert "Chromium installed." in run.stdout and "NOTE" not in run.stdout
+    assert asked.read_text().splitlines()[1].startswith("install -y --no-install-recommends chrom")
+    place.tool("apt-get", "exit 1")
+    assert "Chromium" not in place.run("test", PYTHON="").stdout  # it is there now
+    told = place.run("test", PYTHON="", CHROMIUM="/no/such/browser").stdout
+    assert "CHROMIUM=/no/such/browser does not start" in told
 
 
 def test_in_the_environment_every_pin_is_exact(place: Place) -> None:
