@@ -33,6 +33,7 @@ background:rgba(128,128,128,.08);border-radius:0 6px 6px 0;font-size:13px;line-h
 .lwf-panel .lwf-say pre,.lwf-panel pre.lwf-script{margin:0;padding:0;background:none;border:0;
 color:inherit;white-space:pre-wrap;overflow-wrap:anywhere;
 font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+.lwf-panel .lwf-say+.lwf-say{margin-top:6px}
 .lwf-panel .lwf-say details{margin-top:4px}
 .lwf-panel .lwf-say summary{cursor:pointer;opacity:.75}
 .lwf-panel .lwf-ok{border-color:rgba(22,163,96,.7);background:rgba(22,163,96,.12)}
@@ -40,8 +41,9 @@ font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",mo
 .lwf-panel .lwf-bad{border-color:rgba(217,60,6,.75);background:rgba(217,60,6,.12)}
 .lwf-panel .lwf-warn{border-color:rgba(217,119,6,.7);background:rgba(217,119,6,.13)}
 .lwf-panel pre.lwf-script{padding:8px 10px;background:rgba(128,128,128,.08);border-radius:6px;
-user-select:all;max-height:44em;overflow:auto}
+user-select:all;max-height:70em;overflow:auto}
 .lwf-panel .widget-label{color:inherit}
+.lwf-panel textarea{font:inherit}
 .lwf-panel img{max-width:100%;background:#fff;border-radius:6px}
 </style>"""
 

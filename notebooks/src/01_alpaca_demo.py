@@ -100,6 +100,7 @@ trainer = lwf.LwFTrainer(
     rehearsal_dataset=passages["train"],
 )
 trainer.train()
+lwf.plot_training(trainer.state.log_history)
 
 # %% [markdown]
 # ## After, beside before
@@ -123,15 +124,16 @@ advice
 # %% [markdown]
 # ## A form for the answer
 # Prompt 4 asks for code, prompt 5 for a table. A *form* says so in words and begins the answer, so that a small model
-# keeps to it.
+# keeps to it: here the base's answer beside the trained one's, both begun that way.
 
 # %%
 asked = [
     {"instruction": lwf.DEMO_PROMPTS[3], "form": "code"},
     {"instruction": lwf.DEMO_PROMPTS[4], "form": "table"},
 ]
-formed = lwf.generate(model, tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS)
-print(*(answer.text for answer in formed), sep="\n\n----\n\n")
+answers = {"max_new_tokens": MAX_NEW_TOKENS}
+base = lwf.generate(model, tokenizer, asked, adapter=False, label="base", **answers)
+lwf.compare(base, lwf.generate(model, tokenizer, asked, label="trained", **answers))
 
 # %% [markdown]
 # ## What was learned, what was forgotten
