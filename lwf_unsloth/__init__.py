@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .scoring import score
     from .sweep import run_sweep
     from .sweep_file import SweepPlan, read_sweep_file
+    from .sweep_plot import plot_sweep
     from .sweep_result import SweepResult
     from .trainer import LwFTrainer
     from .widgets import panel
@@ -98,6 +99,7 @@ _HOME = {
     "plot_dial": "plots",
     "plot_forgetting": "plots",
     "plot_recipes": "plots",
+    "plot_sweep": "sweep_plot",
     "plot_training": "plots",
     "read_sweep_file": "sweep_file",
     "run_sweep": "sweep",

@@ -141,7 +141,7 @@ def plot_dial(result: DialResult) -> Chart:
         _scale_lines(axes, result, key, _measured(result, key, names))
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("scale of the adapter")
-        _plain_axes(axes)
+        plain_axes(axes)
     return Chart(figure)
 
 
@@ -176,7 +176,7 @@ def plot_training(history: Sequence[Mapping[str, Any]], steps: int | None = None
             axes.legend(fontsize=8, frameon=False)
         else:
             axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", alpha=0.6)
-        _plain_axes(axes)
+        plain_axes(axes)
     figure.axes[0].set_ylabel(UNITS["nats"], fontsize=9)
     return Chart(figure)
 
@@ -211,7 +211,7 @@ def plot_recipes(recipes: Recipes, task: str | None = None) -> Chart:
         _recipe_points(axes, recipes.change(task, gain), recipes.change(name, cost), gain, cost)
         axes.set_title(f"{_short(name)}: {label}", fontsize=10, loc="left")
         axes.set_xlabel(UNITS["share" if cost == "leak" else "nats"], fontsize=9)
-        _plain_axes(axes, "both")
+        plain_axes(axes, "both")
     unit = "right answers, points" if gain == "right" else "NLL, nats per token"
     for axes in grid[: len(panels) : columns]:
         axes.set_ylabel(f"gained on {_short(task)}\n{unit}", fontsize=9)
@@ -321,7 +321,7 @@ def _whiskers(
     if not kept:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "nothing measured", transform=axes.transAxes, ha="center", alpha=0.6)
-    _plain_axes(axes, "x")
+    plain_axes(axes, "x")
 
 
 def _levels(axes: Axes, lines: Sequence[Line], stages: Sequence[str], unit: str) -> None:
@@ -348,7 +348,7 @@ def _levels(axes: Axes, lines: Sequence[Line], stages: Sequence[str], unit: str)
     axes.set_title("after each training (ring: its own)", fontsize=10, loc="left")
     axes.margins(x=0.12, y=0.15)
     axes.legend(fontsize=7, frameon=False)
-    _plain_axes(axes)
+    plain_axes(axes)
 
 
 def _bars(found: Sequence[Interval], factor: float) -> tuple[list[float], Any]:
@@ -373,7 +373,7 @@ def _short(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _plain_axes(axes: Axes, grid: Any = "y") -> None:
+def plain_axes(axes: Axes, grid: Any = "y") -> None:
     """Only the lines that carry something."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

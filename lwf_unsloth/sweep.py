@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from lwf_unsloth.arguments import checked
 from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, LwfError
@@ -32,7 +34,14 @@ from lwf_unsloth.sweep_result import (
     TrialRecord,
     write_lines,
 )
-from lwf_unsloth.trial_process import gpu_bytes, is_gone, read_result, run_process, this_worker
+from lwf_unsloth.trial_process import (
+    Stopped,
+    gpu_bytes,
+    is_gone,
+    read_result,
+    run_process,
+    this_worker,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +82,9 @@ def run_sweep(
     Returns:
         All ended trials, those of earlier calls too.
 
+    An interrupt (Ctrl-C, or the notebook's stop button) ends the trials that run; the next call
+    runs them again, and keeps what has ended.
+
     Raises:
         ConfigError: Settings that cannot be run, or a study of this name with another plan.
     """
@@ -84,10 +96,17 @@ def run_sweep(
     threads = [
         threading.Thread(target=running.work, args=(n,), daemon=True) for n in range(workers)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with tqdm(total=len(plan.points()), desc="sweep", unit="trial") as running.bar:
+        running.show()
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        finally:  # an interrupt ends the trials too; the next call begins them again
+            running.stop.set()
+            for thread in threads:
+                thread.join()
     if running.errors:
         raise running.errors[0]
     return running.result()
@@ -115,6 +134,9 @@ class _Sweep:
     taking: threading.Lock = field(default_factory=threading.Lock)
     """Held from the look for a waiting trial until it is taken."""
     writing: threading.Lock = field(default_factory=threading.Lock)
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set when no worker is to go on."""
+    bar: Any = None
 
     def study(self, seed: int = 0) -> Any:
         """The study, made if it is not there."""
@@ -197,8 +219,10 @@ class _Sweep:
         """One worker: takes waiting trials until every slot has ended."""
         try:
             study = self.study(seed=number + os.getpid())
-            while not self.errors and self._one(study):
+            while not self.errors and not self.stop.is_set() and self._one(study):
                 pass
+        except Stopped:
+            logger.debug("Worker %d was interrupted.", number)
         except BaseException as error:
             self.errors.append(error)
 
@@ -236,7 +260,7 @@ class _Sweep:
             raise optuna.TrialPruned("Another worker has this slot.")
         begun = time.monotonic()
         job = {**self._job(), "params": params}
-        result = run_process(self.command, self._place(trial.number), job)
+        result = run_process(self.command, self._place(trial.number), job, self.stop)
         result["seconds"] = round(time.monotonic() - begun, 1)
         result["gpu_bytes_after"] = gpu_bytes()
         _note(trial, result)
@@ -244,7 +268,7 @@ class _Sweep:
             raise optuna.TrialPruned(result["reason"])
         if result["state"] != COMPLETE:
             raise TrialFailed(str(result.get("reason")))
-        values = [float(result[key]) for key in OBJECTIVES]
+        values = [math.nan if result[key] is None else float(result[key]) for key in OBJECTIVES]
         if not all(map(math.isfinite, values)):
             reason = f"gain and forgetting are {values}, which cannot be compared."
             trial.set_user_attr("reason", reason)
@@ -261,7 +285,14 @@ class _Sweep:
     def _write(self) -> None:
         """Writes `trials.jsonl` anew, from the study, which is never behind it."""
         with self.writing:
-            write_lines(self.folder / LINES, self.result().trials)
+            write_lines(self.folder / LINES, self.show().trials)
+
+    def show(self) -> SweepResult:
+        """Moves the bar to the trials that have ended, and gives them."""
+        found = self.result()
+        if self.bar is not None:
+            self.bar.update(len(found.trials) - self.bar.n)
+        return found
 
 
 def _storage(url: str) -> Any:

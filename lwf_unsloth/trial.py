@@ -138,6 +138,7 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "data": file.data,
     }
     extra = {"config": config, "seed": args.seed, "adapter": str(adapter.resolve())}
+    extra["file"] = with_settings(job["base"], job["params"])
     return {"state": COMPLETE, **found, **extra, **_machine()}
 
 
@@ -173,7 +174,9 @@ def _measure(given: dict[str, Any], trainer: Any, task: Any) -> dict[str, Any]:
         name: {key: measure.to_dict() for key, measure in one.measures.items()}
         for name, one in scores.items()
     }
-    return {"gain": gained, "forgetting": worse, "scores": values, "notes": list(scores.notes)}
+    objectives = {"gain": gain, "forgetting": forgetting}
+    found = {"gain": gained, "forgetting": worse, "objectives": objectives}
+    return {**found, "scores": values, "notes": list(scores.notes)}
 
 
 def _machine() -> dict[str, Any]:

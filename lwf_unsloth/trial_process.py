@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,21 +14,52 @@ from lwf_unsloth.sweep_result import FAILED
 from lwf_unsloth.trial import JOB, RESULT
 
 LOG = "log.txt"
+LOOK = 0.5
+"""Seconds between two looks at whether the sweep was interrupted."""
 UNCLAIMED = 120
 """Seconds after which a running trial that names no worker counts as gone."""
 
 
-def run_process(command: Sequence[str], folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Runs a job in a process of its own, which ends with this one; its result."""
+class Stopped(Exception):
+    """The sweep was interrupted, and the trial's process was ended with it."""
+
+
+def run_process(
+    command: Sequence[str],
+    folder: Path,
+    job: dict[str, Any],
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Runs a job in a process of its own, which ends with this one.
+
+    It has a session of its own: an interrupt from the keyboard or a notebook would reach it first,
+    and the trial would be recorded as one that failed by itself.
+
+    Args:
+        command: What runs it; `folder` is added.
+        folder: Where its job, log and result go.
+        job: Plain values.
+        stop: Ends the process when it is set.
+
+    Returns:
+        Its result, or what is known of why there is none.
+
+    Raises:
+        Stopped: `stop` was set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
     (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
     with (folder / LOG).open("wb") as log:
         command = [*command, str(folder)]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        code = process.wait()
+        code = _wait(process, stop)
     result = read_result(folder)
     if result is not None:
         return result
@@ -36,6 +68,21 @@ def run_process(command: Sequence[str], folder: Path, job: dict[str, Any]) -> di
     killed = ", killed, as where memory runs out" * (code == -9)
     reason = f"The process ended with code {code}{killed}. Last words: {last[:500]}"
     return {"state": FAILED, "reason": reason}
+
+
+def _wait(process: subprocess.Popen[bytes], stop: threading.Event | None) -> int:
+    """The code that a process ends with; ends it when `stop` is set."""
+    while True:
+        try:
+            return process.wait(timeout=LOOK)
+        except subprocess.TimeoutExpired:
+            if stop is not None and stop.is_set():
+                process.kill()
+                process.wait()
+                raise Stopped from None
+        except BaseException:
+            process.kill()
+            raise
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
