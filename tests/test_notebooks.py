@@ -21,6 +21,15 @@ SMALL = {
     },
     "02_forgetting": {"STEPS": 1, "TASK_ROWS": 4, "ROWS": 4, "ANSWERS": 4, "MAX_NEW_TOKENS": 6},
     "04_evaluate": {"STEPS": 1, "ROWS": 4, "ANSWERS": 4, "MAX_NEW_TOKENS": 6, "SCALES": [0, 1]},
+    "05_sweep": {
+        "LAMBDAS": [2.0],
+        "RATIOS": [0.2],
+        "RANKS": [4, 8],
+        "STEPS": 1,
+        "ROWS": 4,
+        "WORKERS": 2,
+        "MAX_NEW_TOKENS": 4,
+    },
     "03_your_data": {
         "MODEL": "smollm2-135m-instruct",
         "STEPS": 2,
@@ -33,6 +42,7 @@ LEFT = {
     "02_forgetting": ("recipes.json", "gain_against_forgetting.png", "no_help.json"),
     "04_evaluate": ("scores.json", "dial.json", "forgetting.png", "turned_down/README.md"),
     "03_your_data": ("comparison.html", "adapter/adapter_model.safetensors"),
+    "05_sweep": ("trials.jsonl", "sweep.json", "trade_off.png", "trade_off.svg", "best.yaml"),
 }
 """What each notebook leaves in its OUTPUT."""
 

@@ -188,7 +188,7 @@ def test_a_budget_of_trials_is_spent_exactly_and_can_be_raised(place):
     assert all(0.1 <= one.params["lwf_lambda"] <= 9 for one in raised.trials)
 
 
-def start(place, text, workers=3, storage=None):
+def start(place, text, workers=3, storage=None, **changes):
     """The sweep in a process that can be killed."""
     plan_of(place, text)
     code = (
@@ -198,7 +198,7 @@ def start(place, text, workers=3, storage=None):
         f"output={str(place / 'out')!r}, storage={storage!r}, "
         f"command=(sys.executable, {str(place / 'stand_in.py')!r}))"
     )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **changes)
 
 
 def killed_after(place, text, ended, storage=None):
@@ -350,3 +350,99 @@ evaluate: {{general: "{tmp_path}/general.jsonl", limit: 8}}
     command[-1] = "other"
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "lwf_lambda is -4" in done.stderr, "before the first trial"
+
+
+# ------------------------------------------------------------------ what is shown of it
+
+
+def measured(number, gain, forgetting, **details):
+    """A trial as the process of a real one records it: the NLL fell, so its change is negative."""
+    nll = {"value": -gain, "low": -gain - 0.2, "high": -gain + 0.1, "se": 0.1, "n": 9}
+    kl = {"value": forgetting, "low": forgetting / 2, "high": 3 * forgetting, "se": 0.1, "n": 9}
+    scores = {"task": {"nll": {"change": nll}}, "general": {"kl": {"tuned": kl, "change": None}}}
+    file = {"model": {"r": 4}, "training": {"lwf_lambda": 2.0}, "data": {"task": "t.jsonl"}}
+    known = {"scores": scores, "file": file, "objectives": {"gain": "nll", "forgetting": "kl"}}
+    return TrialRecord(number, "complete", {"r": number}, gain, forgetting, {**known, **details})
+
+
+@pytest.fixture()
+def shown():
+    """Three trials, of which 0 and 2 are the front, and one that failed."""
+    lost = TrialRecord(3, "failed", {"r": 9}, None, None, {"reason": "no <b>\nmore"})
+    return SweepResult("x", (measured(0, 1.0, 0.1), measured(1, 0.9, 0.2), measured(2, 2, 5), lost))
+
+
+def test_gain_and_forgetting_have_the_intervals_of_their_measures(shown):
+    one = shown.trials[0]
+    gain, cost = one.interval("gain"), one.interval("forgetting")
+    assert (gain.value, gain.low, gain.high) == pytest.approx((1.0, 0.9, 1.2))
+    assert (cost.value, cost.low, cost.high) == pytest.approx((0.1, 0.05, 0.3))
+    assert measured(0, 1.0, 0.1, scores={}).interval("gain") is None
+
+
+def test_the_table_has_the_front_first_and_every_failure_with_its_reason(shown):
+    rows = shown.table().rows
+    assert [row[0] for row in rows] == ["2", "0", "1"]
+    assert [bool(row[-1]) for row in rows] == [True, True, False]
+    assert "+1.000 [+0.900, +1.200]" in rows[1]
+    html = shown._repr_html_()
+    assert "trial 3 failed: no &lt;b&gt;" in html and "nats per token" in html
+    assert json.loads(json.dumps(shown.to_dict()))["front"] == [2, 0]
+
+
+def test_the_best_settings_are_a_training_file(shown, tmp_path):
+    from lwf_unsloth.errors import DataError
+    from lwf_unsloth.train_file import read_train_file
+
+    (tmp_path / "best.yaml").write_text(shown.best_config(0.15))
+    file = read_train_file(tmp_path / "best.yaml")
+    assert file.training == {"lwf_lambda": 2.0} and file.model == {"r": 4}
+    assert shown.best_config().startswith("# Trial 2: gain 2, forgetting 5")
+    with pytest.raises(DataError, match=r"forgets 0.01 or less. The least is 0.1, in trial 0"):
+        shown.best_config(0.01)
+    with pytest.raises(DataError, match=r"(?s)No trial of the sweep y is complete.*0 complete"):
+        SweepResult("y", ()).best_config()
+
+
+def test_the_figure_tells_the_front_by_shape_and_number_and_has_every_whisker(shown, tmp_path):
+    from matplotlib.text import Text
+
+    from lwf_unsloth.errors import DataError
+    from lwf_unsloth.sweep_plot import plot_sweep
+
+    chart = plot_sweep(shown, 0.15)
+    chart.figure.canvas.draw()
+    axes = chart.figure.axes[0]
+    points = {(bar[0].get_xdata()[0], bar[0].get_ydata()[0]): bar for bar in axes.containers}
+    assert set(points) == {(0.1, 1.0), (0.2, 0.9), (5, 2)}
+    assert {place: bar[0].get_marker() for place, bar in points.items()} == {
+        (0.1, 1.0): "D",
+        (0.2, 0.9): "o",
+        (5, 2): "D",
+    }
+    across, up = (bars.get_segments()[0] for bars in points[0.1, 1.0][2])
+    assert [x for x, _ in across] == pytest.approx([0.05, 0.3])
+    assert [y for _, y in up] == pytest.approx([0.9, 1.2])
+    said = [one.get_text() for one in chart.figure.findobj(Text)]
+    assert {"0", "2", "0: r 0", "2: r 2", "limit 0.15", "best under the limit"} <= set(said)
+    assert axes.get_xscale() == "log" and any("log scale" in text for text in said)
+    assert [path.suffix for path in chart.save(tmp_path / "front")] == [".png", ".svg"]
+    with pytest.raises(DataError, match="is complete"):
+        plot_sweep(SweepResult("y", (shown.trials[-1],)))
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_trials_and_the_next_call_runs_them_again(place):
+    """As Ctrl-C, which the shell sends to every process of the group, so to the trial's too."""
+    text = GRID.replace("{max_steps: 2}", "{max_steps: 2, seconds: 30}")
+    text = text.replace("[0.5, 1, 2]", "[1]").replace("[4, 8]", "[4]")
+    process = start(place, text, workers=1, start_new_session=True)
+    begin = time.monotonic()
+    while time.monotonic() - begin < 60 and not (place / "out" / "ran.txt").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) != 0, "not after the trial's 30 s"
+    assert ran(place, "begun") and not ran(place)
+    (place / "stand_in.py").write_text(STAND_IN.replace("time.sleep(", "("))
+    result = swept(place, text)
+    assert len(result.of("complete")) == 1 and not result.of("failed")
