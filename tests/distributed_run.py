@@ -23,6 +23,12 @@ SCENARIOS = {
     "rehearsal answers too": {"rehearsal_ce": True, "label_smoothing_factor": 0.1},
     "one row a process": {"gradient_accumulation_steps": 4, "batch": 1, "lwf_cache": "hidden"},
     "budget": {"lwf_kl_budget": 0.05},
+    "rank that grows": {
+        "rank_schedule": "0:2, 0.5:4",
+        "freeze_schedule": "0:mlp, 0.3:",
+        "gradient_accumulation_steps": 2,
+        "batch": 2,
+    },
 }
 """Name -> settings; `batch` is a process's of two, and twice as much is one process's alone."""
 
@@ -47,8 +53,8 @@ def load(folder):
     return load_model(ModelConfig(str(folder), dtype=dtype, r=4, lora_alpha=8, max_seq_length=512))
 
 
-def disturb(model):
-    """Gives LoRA a random state, so that the KL's gradient is not 0 at the first step."""
+def disturb(model, columns=None):
+    """Gives LoRA (its first columns) a random state, so that the KL's gradient is not 0 at once."""
     import torch
 
     with torch.no_grad(), torch.random.fork_rng():
@@ -56,6 +62,7 @@ def disturb(model):
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.copy_(torch.randn_like(p) * 0.3)
+                p[:, columns or p.shape[1] :] = 0.0
 
 
 def trainer_of(folder, output, processes, second=None, **changes):
@@ -88,7 +95,7 @@ def trainer_of(folder, output, processes, second=None, **changes):
         eval_dataset=rows(7, "held out"),
         teacher=second,
     )
-    disturb(trainer.model)
+    disturb(trainer.model, 2 if trainer.args.rank_schedule else None)
     return trainer
 
 
@@ -104,7 +111,8 @@ def scenario(folder, output, processes, **changes):
 
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            grads.append({n: p.grad.flatten()[:40].tolist() for n, p in trained(model)})
+            moved = [(n, p.grad) for n, p in trained(model) if p.grad is not None]
+            grads.append({n: grad.flatten()[:40].tolist() for n, grad in moved})
 
     trainer.args.max_grad_norm = 0.0  # clipped gradients would hide a wrong factor
     trainer.add_callback(Gradients())
