@@ -32,7 +32,7 @@ from lwf_unsloth.scoring import score  # noqa: E402
 from lwf_unsloth.trainer import LwFTrainer  # noqa: E402
 
 TASK_TOKENS, GENERAL_TOKENS = 64, 64
-"""Most tokens of an answer: a query (the longest right one has 58), and the start of a general one."""
+"""Most tokens of an answer: a query (the longest has 58), and the start of a general answer."""
 SELF_ROWS = 200
 Items = dict[str, dict[str, str]]
 

@@ -13,6 +13,7 @@ row gave in forgetting_items.json.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -156,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     """The command; its exit code."""
     started, options = time.monotonic(), _parser().parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars would fill the log
     if options.prepare:
         from benchmarks import _sql_task
 

@@ -385,6 +385,18 @@ def ddp() -> str | None:
     return None if result is None else as_table(*ddp_table.lines(result)) + source(result)
 
 
+def forgetting() -> str | None:
+    """What a new skill costs: the whole section, so that without a result there is none."""
+    result = read("forgetting")
+    if result is None:
+        return None
+    from benchmarks import forgetting_table
+
+    return forgetting_table.section(
+        result, read("forgetting_items") or {}, RESULTS, as_table, source(result)
+    )
+
+
 def answers() -> str | None:
     """The demo prompts before and after, and the run that answered them."""
     made, result = answers_table.answers(RESULTS), read("main_job_gpu")
@@ -406,6 +418,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "hardware": hardware,
     "self_rehearsal": self_rehearsal,
     "ddp": ddp,
+    "forgetting": forgetting,
     "t4": t4,
     "answers": answers,
     "demo_answers": demo_answers,

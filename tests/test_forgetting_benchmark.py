@@ -1,6 +1,7 @@
 """The forgetting benchmark: its rows, its order of work, one base for many adapters, going on after
 a kill, and what its report says."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -178,6 +179,7 @@ def figures(found):
     return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in rows], items
 
 
+@pytest.mark.slow
 def test_an_adapter_begun_anew_on_a_loaded_base_gives_what_a_fresh_load_gives(bench):
     first = bench()
     job = arms.Job("ours", 5e-2, 1)
@@ -188,3 +190,145 @@ def test_an_adapter_begun_anew_on_a_loaded_base_gives_what_a_fresh_load_gives(be
     assert figures(bench().run(job)) == expected
     frozen = figures(first.run(arms.Job("frozen")))[0][0]
     assert frozen["kl_general"] == 0 and frozen["gain"] == 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_with_every_arm_measured_once(options, monkeypatch):
+    """The slow one: every arm with two steps."""
+    from benchmarks import _forgetting_bench
+
+    ran = []
+    run = _forgetting_bench.Bench.run
+
+    def counted(self, job):
+        ran.append(job.key)
+        if len(ran) == 4:
+            raise KeyboardInterrupt  # as a kill: nothing of this job is written
+        return run(self, job)
+
+    monkeypatch.setattr(_forgetting_bench.Bench, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        forgetting.work(options(), float("inf"))
+    first = options()
+    rows = read(first.out)["rows"]
+    assert len([r for r in rows if not r["arm"].startswith("plain_scaled")]) == 3
+    forgetting.work(options(), float("inf"))
+    assert len(ran) == len(set(ran)) + 1, "only the killed job ran twice"
+    rows = read(first.out)["rows"]
+    assert [r for r in rows if r.get("error")] == []
+    assert {r["arm"] for r in rows} == {*arms.NAMES, "plain_scaled_0.75", "plain_scaled_0.5"}
+    assert len({arms.key_of(r) for r in rows}) == len(rows)
+    assert forgetting.work(options(), float("inf")) == 0, "nothing is left"
+
+
+@pytest.mark.slow
+def test_no_job_begins_that_would_outlast_the_limit(options, capsys):
+    import time
+
+    assert forgetting.work(options("--arms", "frozen"), time.monotonic() + 60) == 0
+    assert "too little for another job" in capsys.readouterr().out
+
+
+def read(folder):
+    return json.loads((folder / "forgetting.json").read_text(encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------- the report
+
+
+def result_of(values):
+    """A result and its items: arm -> (right answers, KL of each general row)."""
+    from benchmarks._forgetting_store import packed
+
+    rows, items = [], {}
+    for number, (arm, (right, kl)) in enumerate(values.items()):
+        one = row(arm, 0.0 if arm == "frozen" else 1e-3, right.count("1") / len(right), model="m")
+        one |= {"new_nll_base": 3.0, "new_nll": 3.0 - number, "kl_general": sum(kl) / len(kl)}
+        one |= {"kl_task": 1.0, "leak_rate": 0.0, "eos_rate": 1.0, "accuracy": {}}
+        one |= {"nll_general_base": 2.0, "nll_general_tuned": 2.0 + 2 * one["kl_general"]}
+        rows.append(one)
+        items[f"m {arms.key_of(one)}"] = {
+            "right": right, "leak": "0" * len(kl), "general_kl": packed(kl),
+            "general_rise": packed([2 * k for k in kl]), "task_gain": packed([number] * len(right)),
+        }  # fmt: skip
+    meta = {"card": "C", "torch": "1", "unsloth": "2", "commit": "abc", "date": "2026-01-01"}
+    meta |= {"command": "x", "settings": {"steps": 2, "rank": 4}}
+    return {"meta": meta, "rows": rows}, items
+
+
+@pytest.fixture()
+def results(monkeypatch, tmp_path):
+    """A folder of results that the tables read, and how to fill it."""
+    from benchmarks import tables
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    def fill(result, items=None):
+        (tmp_path / "forgetting.json").write_text(json.dumps(result))
+        if items is not None:
+            (tmp_path / "forgetting_items.json").write_text(json.dumps(items))
+        return tmp_path
+
+    return fill
+
+
+def test_shares_are_taken_of_plain_sft_over_the_frozen_model():
+    from benchmarks import _forgetting_stats as stats
+
+    result, items = result_of(
+        {
+            "frozen": ("1000000000" * 20, [0.0] * 6),
+            "plain_sft": ("1111100000" * 20, [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]),
+            "ours": ("1111000000" * 20, [0.1, 0.2, 0.1, 0.2, 0.1, 0.2]),
+            "document": ("1110000000" * 20, [0.5] * 6),
+        }
+    )
+    found = stats.groups(result["rows"], "m")
+    plain, ours, document = (stats.best(found, arm) for arm in ("plain_sft", "ours", "document"))
+    kept = stats.share(ours, plain, items, "right")
+    assert kept.value == pytest.approx(3 / 4) and kept.low < 3 / 4 < kept.high
+    kl = stats.share(ours, plain, items, "general_kl")
+    assert kl.value == pytest.approx(0.1) and kl.high - kl.low == pytest.approx(0, abs=1e-9)
+    assert stats.share(ours, plain, items, "task_gain").value == pytest.approx(2.0)
+    assert stats.dominating(document, found) == [ours]
+    assert stats.dominating(ours, found) == [] and stats.dominating(plain, found) == []
+    told = {one[:3]: one[4] for one in stats.predictions(result["rows"], "m")}
+    assert told == {}, "three adapters are too few"
+
+
+def test_the_fit_of_a_straight_line_is_one_and_of_what_never_moves_not_told():
+    from benchmarks._forgetting_stats import r_squared
+
+    assert r_squared([(1, 2), (2, 4), (3, 6), (4, 8)]) == pytest.approx(1.0)
+    assert r_squared([(1, 1), (2, 1), (3, 1), (4, 1)]) is None
+    assert 0 < r_squared([(1, 2), (2, 1), (3, 5), (4, 3)]) < 1
+
+
+def test_the_report_is_absent_without_a_result_and_whole_with_half_of_one(results, tmp_path):
+    from benchmarks import _forgetting_plots, tables
+
+    page = "<!-- table: forgetting -->\n<!-- end -->\n"
+    assert tables.filled(page) == page
+    assert _forgetting_plots.draw(tmp_path) == []
+    result, items = result_of({"frozen": ("1000", [0.0] * 4)})
+    results(result, items)
+    assert "| before |" in tables.filled(page) and _forgetting_plots.draw(tmp_path) == []
+    result, items = result_of({"frozen": ("1000", [0.0] * 4), "ours": ("1100", [0.1] * 4)})
+    result["rows"].append({"model": "m", "arm": "ours", "lr": 2e-3, "seed": 0, "error": "NaN"})
+    results(result)
+    shown = tables.filled(page)
+    assert "ours at 0.002: NaN" in shown and "rate 0.001, against plain" not in shown
+    result, items = result_of(
+        {
+            "frozen": ("1000", [0.0] * 4),
+            "plain_sft": ("1110", [1.0] * 4),
+            "ours": ("1100", [0.1] * 4),
+        }
+    )
+    folder = results(result, items)
+    drawn = _forgetting_plots.draw(folder)
+    assert [path.name for path in drawn] == ["forgetting_pareto.png", "forgetting_predicted.png"]
+    shown = tables.filled(page)
+    assert (
+        "50% [" in shown and "10% [10%, 10%]" in shown and "results/forgetting_pareto.png" in shown
+    )
