@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,9 +70,8 @@ def free_port() -> int:
 class Lab:
     """A server over one folder, with settings of its own and nobody else's."""
 
-    def __init__(self, folder: Path, program: tuple[str, ...] = ("jupyter", "lab")) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.token, self.port = folder, secrets.token_hex(8), free_port()
-        self.program = program
         self.notebooks, private = folder / "work", folder / "private"
         self.outside_file, self.log = private / "outside.txt", private / "server.log"
         for path in (self.notebooks, private / "watch", private / "config", private / "data"):
@@ -88,10 +86,16 @@ class Lab:
             "IPYTHONDIR": str(private / "ipython"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
-        asked = private / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-        asked.mkdir(parents=True)  # no question whether news may be fetched
-        (asked / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+        self._settings("apputils-extension/notification", fetchNews="false")
+        self._settings("notebook-extension/tracker", windowingMode="none")  # all cells in the page
         self.process: Any = None
+
+    def _settings(self, name: str, **values: Any) -> None:
+        """Settings of a part of JupyterLab."""
+        folder = self.folder / "private" / "config" / "lab" / "user-settings" / "@jupyterlab"
+        path = folder / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values), encoding="utf-8")
 
     @property
     def address(self) -> str:
@@ -103,30 +107,37 @@ class Lab:
         return self.outside_file.read_text().splitlines() if self.outside_file.exists() else []
 
     def start(self) -> None:
-        command = [
-            *(sys.executable, "-m", *self.program, "--no-browser", "--allow-root"),
-            *("--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}"),
+        """JupyterLab."""
+        self._run(
+            *("jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}"),
             *(f"--IdentityProvider.token={self.token}", "--ServerApp.port_retries=0"),
             *(f"--ServerApp.root_dir={self.notebooks}", "--LabApp.expose_app_in_browser=True"),
-            *("--LabApp.news_url=None", "--LabApp.extension_manager=readonly"),
+            *("--LabApp.extension_manager=readonly", "--allow-root"),
             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        ]
+        )
+
+    def start_voila(self, notebook: str) -> None:
+        """Voila with one notebook; its page has no token, since nobody else runs on the port."""
+        at = ("--Voila.ip=127.0.0.1", f"--port={self.port}", "--Voila.port_retries=0")
+        self._run("voila", *at, notebook)
+
+    def _run(self, module: str, *words: str) -> None:
+        """Starts a server and waits until it answers."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", module, "--no-browser", *words],
                 cwd=self.notebooks,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(f"{self.address}/api?token={self.token}", timeout=5)
-                return
-            except OSError:
-                time.sleep(0.2)
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.2)
         raise RuntimeError(f"the server did not come up:\n{self.log.read_text()[-3000:]}")
 
     def stop(self) -> None:
@@ -151,9 +162,13 @@ class Browser:
         self.page = page
         self.outside: list[str] = []
         self.dialogs: list[str] = []
-        page.on("dialog", self._dialog)
-        page.on("websocket", lambda socket: self._asked(socket.url))
         page.context.route("**/*", self._route)
+        self.watch()
+
+    def watch(self) -> None:
+        """Keeps what the page, also a new one, does."""
+        self.page.on("dialog", self._dialog)
+        self.page.on("websocket", lambda socket: self._asked(socket.url))
 
     def _dialog(self, dialog: Any) -> None:
         self.dialogs.append(dialog.message)
@@ -203,20 +218,12 @@ class Browser:
         self.page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         self.page.wait_for_function(ALL_DONE, timeout=timeout * 1000, polling=500)
 
-    def cells(self) -> int:
-        """Number of cells."""
-        return int(self.page.evaluate(f"{NOTEBOOK}.widgets.length"))
-
     def show_cell(self, number: int, height: int = 900) -> Any:
-        """Scrolls to a cell, in a window of a height: what is out of sight is not in the page."""
+        """Scrolls to a cell, in a window of a height."""
         self.page.set_viewport_size({"width": 1280, "height": height})
-        self.page.evaluate(
-            f"n => {{ {NOTEBOOK}.activeCellIndex = n; {NOTEBOOK}.scrollToItem(n, 'start'); }}",
-            number,
-        )
-        cell = self.page.locator(f".jp-Cell[data-windowed-list-index='{number}']")
-        cell.wait_for(timeout=20_000)
-        self.page.wait_for_timeout(500)
+        cell = self.page.locator(".jp-Notebook .jp-Cell").nth(number)
+        cell.evaluate("one => one.scrollIntoView({block: 'start'})")
+        self.page.wait_for_timeout(300)
         return cell
 
     @property
@@ -237,7 +244,7 @@ ALL_DONE = """() => {
                                               && one.model.sharedModel.getSource().trim());
   return code.every(one => one.model.executionCount) && IDLE;
 }""".replace("IDLE", IDLE.strip())
-"""Whether every code cell has its number; those out of sight are asked for by the model."""
+"""Whether every code cell has its number and the kernel rests."""
 
 
 @contextmanager
