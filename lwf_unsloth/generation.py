@@ -20,6 +20,7 @@ from lwf_unsloth.forms import shaped
 from lwf_unsloth.locks import innermost, kept_state, model_lock, why_not_base
 from lwf_unsloth.records import prompts_ids
 from lwf_unsloth.templates import get_template, text_tokenizer
+from lwf_unsloth.trained_template import check_template
 
 DEMO_PROMPTS = (
     "Explain the importance of sleep in simple terms.",
@@ -89,6 +90,7 @@ def generate(
     check_count("batch_size", batch_size)
     prepare()
     with model_lock(model, "generating"), kept_state(model, tokenizer), _adapter(model, adapter):
+        check_template(model, tokenizer)
         answers = _answer_all(model, tokenizer, rows, prefixes, decoding, batch_size)
         state, weights = adapter_state(model)
     name = get_template(tokenizer).name

@@ -21,6 +21,7 @@ from lwf_unsloth.merging import merge_model
 from lwf_unsloth.model_files import ModelFiles, cached, find_model, hub_in_reach
 from lwf_unsloth.ranks import check_launch, own_device_map
 from lwf_unsloth.records import check_tokenizer
+from lwf_unsloth.trained_template import note_template
 
 __all__ = [
     "LoadedModel",
@@ -108,7 +109,8 @@ def load_adapter(
         check_base: False loads it onto a base that is known to differ.
 
     Returns:
-        (model, tokenizer), as `load_model`.
+        (model, tokenizer), as `load_model`; `model.lwf_template` is the template that it was
+        trained in, and a tokenizer with another one is refused where it answers or is measured.
 
     Raises:
         ModelError: No adapter in safetensors there, a base that differs from the recorded one (both
@@ -130,6 +132,7 @@ def load_adapter(
     fill_adapter(model, saved, trainable=trainable)
     tokenizer = _saved_tokenizer(model, tokenizer, saved)
     note_adapter(model, loaded)
+    note_template(model, saved.record)
     return model, tokenizer
 
 

@@ -24,6 +24,7 @@ from lwf_unsloth.memory import free_memory
 from lwf_unsloth.out_of_memory import explained, is_out_of_memory
 from lwf_unsloth.run_record import RunRecord
 from lwf_unsloth.teacher_cache import CachedTeacher
+from lwf_unsloth.trained_template import train_in
 from lwf_unsloth.trainer_inputs import checkpoint_given
 
 prepare()
@@ -69,6 +70,7 @@ class Resuming(Trainer):
                 logger.info("Resuming from %s.", resume_from_checkpoint)
         at = checkpoint_given(resume_from_checkpoint)
         self._check_rows(at)
+        train_in(self.model, self.processing_class)
         self._record = RunRecord(self)
         if at is not None:
             self._record.check(Path(at))

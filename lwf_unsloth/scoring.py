@@ -32,6 +32,7 @@ from lwf_unsloth.switches import dropout_off
 from lwf_unsloth.teacher import ModelTeacher, OwnTeacher, Teacher
 from lwf_unsloth.templates import get_template
 from lwf_unsloth.token_stats import BINS, TokenStats, calibration_error, token_stats
+from lwf_unsloth.trained_template import check_template
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,7 @@ def score(
     if report.dropped:
         logger.warning("Not every row is scored. %s", report)
     encoded = list(dataset)
+    check_template(model, tokenizer)
     with model_lock(model, "scoring"), kept_state(model, tokenizer), scoring_mode(model):
         teacher = OwnTeacher(model) if isinstance(base, str) else base
         sums = _row_sums(model, tokenizer, encoded, teacher, batch_size, response_only)

@@ -92,6 +92,31 @@ def test_the_prompt_template_travels_in_the_folder(saved, tiny_model_dir):
     assert get_template(tokenizer).render("why") == "Q: why\nA:"
 
 
+def test_another_template_than_the_adapters_is_refused_where_it_is_used(
+    copy, tiny_model_dir, caplog
+):
+    from lwf_unsloth.generation import generate
+    from lwf_unsloth.model import load_adapter
+    from lwf_unsloth.scoring import score
+    from lwf_unsloth.templates import PLAIN, get_template, set_template
+    from lwf_unsloth.trained_template import train_in
+
+    model, tokenizer = load_adapter(copy, base=str(tiny_model_dir))
+    own, rows = get_template(tokenizer), [{"instruction": "Add.", "output": "3"}]
+    set_template(tokenizer, PLAIN)
+    for use in (lambda: generate(model, tokenizer, "Add."), lambda: score(model, tokenizer, rows)):
+        with pytest.raises(ModelError, match=r"trained in the template .*'plain'.*lwf_template\)"):
+            use()
+    assert len(generate(model, tokenizer, "Add.", adapter=False, max_new_tokens=2)) == 1
+    set_template(tokenizer, model.lwf_template)
+    assert get_template(tokenizer) == own
+    assert len(generate(model, tokenizer, "Add.", max_new_tokens=2)) == 1
+    set_template(tokenizer, PLAIN)
+    train_in(model, tokenizer)
+    assert "this training takes 'plain'" in caplog.text and model.lwf_template == PLAIN
+    assert len(generate(model, tokenizer, "Add.", max_new_tokens=2)) == 1
+
+
 def test_only_the_adapter_is_saved_and_only_as_safetensors(saved):
     names = {path.name for path in saved[0].iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "lwf.json", "README.md"} <= names

@@ -21,7 +21,7 @@ backend ranks config
 load_report formats rows selection sources templates codec records alpaca
 rank_shares rehearsal
 loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden
-gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card adapters
+gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card trained_template adapters
 merging model
 checkup memory shapes preflight out_of_memory
 locks teacher cache_parts teacher_identity teacher_cache rank_callbacks

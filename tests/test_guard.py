@@ -19,10 +19,8 @@ def spoiled(trainer, steps):
     return trainer
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_step_that_is_nan_is_skipped_and_told_and_spoils_nothing(make_trainer, caplog, late):
+def test_a_step_that_is_nan_is_skipped_and_told_and_spoils_nothing(make_trainer, caplog):
     trainer = spoiled(make_trainer(num_train_epochs=2), {2})
-    trainer.guard.late = late
     trainer.train()
     assert all(p.isfinite().all() for p in trained_tensors(trainer.model).values())
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
@@ -33,7 +31,7 @@ def test_a_step_that_is_nan_is_skipped_and_told_and_spoils_nothing(make_trainer,
 def test_on_the_device_a_bad_step_is_passed_over_as_on_the_cpu_bit_for_bit(make_trainer):
     found = []
     for late in (False, True):  # True is a GPU's way: the fused optimizer is told by a tensor
-        trainer = spoiled(make_trainer(num_train_epochs=2), {2, 5})
+        trainer = spoiled(make_trainer(), {2, 4})
         trainer.guard.late = late
         trainer.train()
         assert trainer.guard.skipped == 2 and not hasattr(trainer.optimizer, "found_inf")
@@ -42,7 +40,7 @@ def test_on_the_device_a_bad_step_is_passed_over_as_on_the_cpu_bit_for_bit(make_
         assert torch.equal(value, found[1][name]), name
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_of_nan_alone_ends_with_its_rows_named_and_the_adapter_kept(
     make_trainer, tmp_path, tiny_model_dir, late
 ):

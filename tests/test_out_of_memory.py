@@ -25,7 +25,12 @@ def fails(error):
 
 @pytest.mark.parametrize(
     ("place", "error"),
-    [("teacher", GPU), ("forward", MemoryError()), ("optimizer", CPU), ("backward", GPU)],
+    [
+        ("teacher", GPU),
+        ("forward", MemoryError()),
+        pytest.param("optimizer", CPU, marks=pytest.mark.slow),
+        pytest.param("backward", GPU, marks=pytest.mark.slow),
+    ],
 )
 def test_memory_that_runs_out_names_the_part_the_number_and_what_to_lower(
     make_trainer, monkeypatch, place, error

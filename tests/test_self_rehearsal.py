@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -364,13 +365,13 @@ def test_a_file_of_the_same_model_is_taken_and_another_models_is_refused(write, 
 def trainer_of(taught_dir, tmp_path):
     """Factory: a trainer on 12 task rows with rehearsal_dataset="self", on a model loaded anew."""
 
-    def make(rehearsal="self", disturbed=False, **changes):
+    def make(rehearsal="self", disturbed=False, on=None, **changes):
         from lwf_unsloth.config import LwFConfig, ModelConfig
         from lwf_unsloth.model import load_model
         from lwf_unsloth.trainer import LwFTrainer
 
         size = {"r": 4, "lora_alpha": 8, "max_seq_length": 512}
-        model, tokenizer = load_model(
+        model, tokenizer = on or load_model(
             ModelConfig(str(taught_dir), dtype="float32", load_in_4bit=False, **size)
         )
         if disturbed:
@@ -425,6 +426,31 @@ def test_a_resumed_run_rehearses_the_same_rows_and_another_seed_writes_new_ones(
     other = trainer_of(seed=7)
     assert other.rows.dataset["input_ids"] != first.rows.dataset["input_ids"]
     assert (tmp_path / "run" / "rehearsal.jsonl.old").is_file()
+
+
+def test_a_run_resumed_in_the_same_process_rehearses_what_the_untrained_model_wrote(
+    trainer_of, tmp_path, caplog
+):
+    run = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05}
+    whole = trainer_of(**run)
+    whole.train()
+    file = tmp_path / "run" / "rehearsal.jsonl"
+    written = file.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    trained = whole.model, whole.processing_class
+    again = trainer_of(on=trained, **run)
+    with pytest.raises(ConfigError, match="belong to the run of checkpoint-2.*another output_dir"):
+        again.train()
+    assert "the model has been trained since" in caplog.text
+    assert file.read_bytes() == written and again.rows.dataset[:] == whole.rows.dataset[:]
+    expected = {n: p.clone() for n, p in whole.model.named_parameters() if "lora_" in n}
+    again.train(resume_from_checkpoint=True)
+    for name, parameter in again.model.named_parameters():
+        assert name not in expected or torch.equal(parameter, expected[name]), name
+    shutil.rmtree(tmp_path / "run")
+    new = trainer_of(on=trained, **run)
+    assert file.read_bytes() != written, "without a checkpoint the model writes as it is now"
+    assert not new.rehearses_for
 
 
 def test_for_a_second_task_the_trained_adapter_writes(trainer_of, tmp_path):
