@@ -7,6 +7,7 @@ again; so a sweep that was killed goes on with what is unfinished, and nothing i
 end. Optuna's GridSampler is not used: it may give one point to two workers (its documentation).
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,8 @@ class _Sweep:
             self._check()
             study.set_user_attr("digest", self.plan.digest)
             study.set_user_attr("objectives", [self.plan.evaluate[k] for k in OBJECTIVES])
+            with _quiet():  # optuna-dashboard shows them on its axes
+                study.set_metric_names(list(OBJECTIVES))
         self._requeue(study)
 
     def _check(self) -> None:
@@ -189,8 +192,7 @@ class _Sweep:
         """
         import optuna
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with _quiet():
             optuna.storages.fail_stale_trials(study)
         for trial in study.get_trials(deepcopy=False):
             if trial.state.name == "RUNNING" and is_gone(trial):
@@ -303,14 +305,23 @@ def _storage(url: str) -> Any:
     settings: dict[str, Any] = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE}
     for left in reversed(range(TRIES)):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            with _quiet():
                 return optuna.storages.RDBStorage(url, engine_kwargs=wait, **settings)
         except Exception:  # a kind of error for each database
             if not left:
                 raise
             time.sleep(POLL)
     raise AssertionError("the last try returns or raises")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's warnings that a part of it is experimental."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 class _Hold:

@@ -25,7 +25,7 @@ SMALL = {
         "LAMBDAS": [2.0],
         "RATIOS": [0.2],
         "RANKS": [4, 8],
-        "STEPS": 1,
+        "STEPS": 2,
         "ROWS": 4,
         "WORKERS": 2,
         "MAX_NEW_TOKENS": 4,

@@ -205,7 +205,9 @@ def killed_after(place, text, ended, storage=None):
     process = start(place, text, storage=storage)
     begin = time.monotonic()
     while time.monotonic() - begin < 60 and process.poll() is None:
-        if (place / "out" / "ran.txt").exists() and len(ran(place)) >= ended:
+        if (place / "out" / "ran.txt").exists() and len(ran(place, "begun")) > len(
+            ran(place)
+        ) >= ended:
             break
         time.sleep(0.02)
     assert process.poll() is None, "it ended before it could be killed"
