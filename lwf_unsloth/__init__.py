@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .comparison import Comparison, compare
     from .config import LwFConfig, ModelConfig
     from .diagnosis import Diagnoses, Diagnosis, diagnose
-    from .errors import ConfigError, DataError, LwfError, ModelError, TeacherError
+    from .errors import ConfigError, DataError, DiskError, LwfError, ModelError, TeacherError
     from .eval_sets import EvalSet
     from .evaluation import evaluate
     from .facts import TrainingFacts
@@ -54,6 +54,7 @@ _HOME = {
     "ConfigError": "errors",
     "DEMO_PROMPTS": "generation",
     "DataError": "errors",
+    "DiskError": "errors",
     "Diagnoses": "diagnosis",
     "Diagnosis": "diagnosis",
     "DialResult": "adapter_dial",

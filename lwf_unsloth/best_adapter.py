@@ -14,7 +14,7 @@ from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.scoring import score
 from lwf_unsloth.teacher import make_teacher
-from lwf_unsloth.whole_files import write_whole
+from lwf_unsloth.whole_files import write_whole, writing
 
 prepare()
 
@@ -213,7 +213,6 @@ class BestAdapter(TrainerCallback):
         if again or is_better(reading, self.best, self.budget):
             reading = Reading(**{**asdict(reading), "kept": True})
             card = {"best adapter": {**asdict(reading), "budget": self.budget}}
-            self.folder.mkdir(parents=True, exist_ok=True)
             save_adapter(self.model, self.tokenizer, self.adapter, card=card)
             self.best = reading
         self.readings.append(reading)
@@ -230,8 +229,10 @@ class BestAdapter(TrainerCallback):
 
     def _write(self, reading: Reading) -> None:
         """Appends a line; a half line of a run that was killed is passed over when read."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
+        with (
+            writing(self.folder),
+            (self.folder / HISTORY).open("a", encoding="utf-8") as file,
+        ):
             file.write(self._line(reading))
 
     def _line(self, reading: Reading) -> str:

@@ -24,5 +24,9 @@ class TeacherError(LwfError):
     """A teacher that would give wrong targets: another vocabulary, base or adapter."""
 
 
+class DiskError(LwfError, OSError):
+    """A file or folder that could not be written: the disk is full, or it may not be."""
+
+
 class RankError(LwfError):
     """Another process of a run on several failed, and with it this one."""

@@ -26,6 +26,7 @@ from lwf_unsloth.preflight import Fit, fits
 from lwf_unsloth.samples import sample_path
 from lwf_unsloth.teacher import trained_tensors
 from lwf_unsloth.trainer import LwFTrainer
+from lwf_unsloth.whole_files import write_whole, writing
 
 prepare()
 
@@ -239,9 +240,12 @@ def keep_upload(name: str, content: bytes, folder: Path) -> Path:
         Its path.
     """
     plain = re.sub(r"[^\w.\- ]", "_", name.replace("\\", "/").rsplit("/", 1)[-1]).strip(". ")
-    folder.mkdir(parents=True, exist_ok=True)
+    plain = plain[-50:].lstrip(". ")  # the ending stays; 50 letters of any script fit a file's name
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", plain):  # devices on Windows
+        plain = f"_{plain}"
     path = folder / (plain or "upload")
-    path.write_bytes(content)
+    with writing(folder):
+        write_whole(path, content)
     return path
 
 

@@ -20,6 +20,7 @@ from lwf_unsloth.arguments import checked
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.intervals import Interval
 from lwf_unsloth.markup import shown
+from lwf_unsloth.whole_files import write_whole, writing
 
 if TYPE_CHECKING:  # a figure of a saved result needs no model library
     from lwf_unsloth.adapter_dial import DialResult
@@ -66,13 +67,19 @@ class Chart:
 
         Returns:
             Both paths.
+
+        Raises:
+            DiskError: The disk is full, or the folder may not be written.
         """
         path = Path(path)
         stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
-        stem.parent.mkdir(parents=True, exist_ok=True)
         png, svg = (stem.with_name(stem.name + ending) for ending in (".png", ".svg"))
-        self.figure.savefig(png, dpi=160)
-        self.figure.savefig(svg, metadata={"Date": None})
+        drawn = [io.BytesIO(), io.BytesIO()]  # matplotlib itself passes over a full disk
+        self.figure.savefig(drawn[0], format="png", dpi=160)
+        self.figure.savefig(drawn[1], format="svg", metadata={"Date": None})
+        with writing(stem.parent):
+            for target, picture in zip((png, svg), drawn, strict=True):
+                write_whole(target, picture.getvalue())
         return png, svg
 
 

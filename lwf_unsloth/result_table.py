@@ -9,7 +9,7 @@ from typing import Any
 
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.markup import html_text, markdown_text, shown
-from lwf_unsloth.whole_files import write_whole_text
+from lwf_unsloth.whole_files import write_whole_text, writing
 
 _STYLE = """
 .lwf-n{color:inherit;font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;
@@ -141,10 +141,13 @@ def save_json(path: str | os.PathLike[str], values: dict[str, Any]) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        DiskError: The disk is full, or the folder may not be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole_text(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+    with writing(path.parent):
+        write_whole_text(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
     return path
 
 

@@ -1,9 +1,44 @@
 """Files that are there whole or as they were: written beside their place, synced, moved there."""
 
 import contextlib
+import errno
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from lwf_unsloth.errors import DiskError
+
+_ERRNO = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR EEXIST EISDIR ENAMETOOLONG".split()
+UNWRITABLE = {getattr(errno, name) for name in _ERRNO if hasattr(errno, name)}
+"""What the system says of a disk or folder that cannot be written."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes a folder that the block writes to; what hinders that is told with the folder's name.
+
+    Raises:
+        DiskError: The disk is full, or the folder may not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if isinstance(error, DiskError) or error.errno not in UNWRITABLE:
+            raise
+        raise unwritable(folder, error) from error
+
+
+def unwritable(folder: Path, error: Exception) -> DiskError:
+    """The error of `writing`."""
+    told = DiskError(
+        f"{str(folder)!r} could not be written ({error}). Whole files that were there stay. Free "
+        "space on that disk, make the folder writable, or name another one."
+    )
+    told.errno = getattr(error, "errno", None)
+    return told
 
 
 def write_whole(path: Path, data: bytes) -> None:

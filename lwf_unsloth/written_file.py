@@ -1,5 +1,6 @@
 """The file of rows that a model wrote: plain JSONL, and beside it what wrote them."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.errors import DataError
-from lwf_unsloth.whole_files import write_whole
+from lwf_unsloth.whole_files import sync_folder, write_whole, writing
 from lwf_unsloth.written_rows import SURPLUS, WrittenReport, WrittenRows
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,12 @@ def save_written(rows: WrittenRows, path: str | Path) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        DiskError: The disk is full, or the folder may not be written; the old file stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if path.is_file() and path.read_bytes() != data:
-        path.replace(path.with_name(f"{path.name}.old"))
-    write_whole(path, data)
     rows.sha256 = hashlib.sha256(data).hexdigest()
     head = {
         "format": _FORMAT,
@@ -45,8 +45,28 @@ def save_written(rows: WrittenRows, path: str | Path) -> Path:
         "origin": rows.origin,
         "report": asdict(rows.report),
     }
-    write_whole(origin_path(path), json.dumps(head, ensure_ascii=False, indent=1).encode())
+    origin = json.dumps(head, ensure_ascii=False, indent=1).encode()
+    with writing(path.parent):
+        _exchange(path, data, origin)
     return path
+
+
+def _exchange(path: Path, data: bytes, origin: bytes) -> None:
+    """Writes both files beside their places; they are moved there when both are whole."""
+    contents = {path: data, origin_path(path): origin}
+    beside = {target: target.with_name(f"{target.name}.new") for target in contents}
+    try:
+        for target, content in contents.items():
+            write_whole(beside[target], content)
+        if path.is_file() and path.read_bytes() != data:
+            path.replace(path.with_name(f"{path.name}.old"))
+        for target, new in beside.items():
+            new.replace(target)
+        sync_folder(path.parent)
+    finally:
+        for new in beside.values():
+            with contextlib.suppress(OSError):
+                new.unlink()
 
 
 def load_written(path: str | Path, origin: Mapping[str, Any] | None = None) -> WrittenRows:

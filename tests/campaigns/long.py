@@ -177,13 +177,13 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULT)
     asked = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    meta = about(0, f"python -m tests.campaigns.long --steps {asked.steps}")
     rows = []
     for spoil in (False, True):
         with tempfile.TemporaryDirectory(prefix="lwf-long-") as root:
             found = long_run(Path(root), asked.steps if not spoil else asked.steps // 4, spoil)
         row = {"part": "every other step spoiled" if spoil else "as it is", **found}
         rows.append({**row, "wrong": broken(found)})
-    meta = about(0, f"python -m tests.campaigns.long --steps {asked.steps}")
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
