@@ -104,6 +104,25 @@ def common_checkpoint(output_dir: str | Path) -> Path | None:
     return found
 
 
+def tell_end(folder: Path, step: int) -> None:
+    """Says it when a checkpoint was the end of its run, so that a resume has trained nothing.
+
+    Args:
+        folder: The checkpoint that was resumed.
+        step: The step that the run has come to.
+    """
+    try:
+        before = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if before.get("global_step") == step:
+        logger.warning(
+            "%s is the end of its run (step %d): nothing was left to train. Raise num_train_epochs "
+            "or max_steps to train on, or take another output_dir for a new run.",
+            *(folder.name, step),
+        )
+
+
 def tell_missing(folder: Path) -> None:
     """Says which state a checkpoint lacks, for a resume that was told to take it all the same."""
     if not folder.is_dir():

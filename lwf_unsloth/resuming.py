@@ -14,6 +14,7 @@ from lwf_unsloth.checkpoints import (
     load_teacher,
     save_teacher,
     saving,
+    tell_end,
     tell_missing,
 )
 from lwf_unsloth.errors import ConfigError
@@ -77,7 +78,10 @@ class Resuming(Trainer):
         free = free_memory()
         with model_lock(self.model, "training"):
             try:
-                return super().train(resume_from_checkpoint=at, **kwargs)
+                found = super().train(resume_from_checkpoint=at, **kwargs)
+                if at is not None:
+                    tell_end(Path(at), self.state.global_step)
+                return found
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -101,6 +105,13 @@ class Resuming(Trainer):
                 "was then. Resume that run (train(resume_from_checkpoint=True)), or give the new "
                 "one another output_dir, where rows are written anew."
             )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, but no step more where the resumed run had ended already."""
+        if self.state.global_step >= self.state.max_steps > 0:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; what goes wrong in it can be told with its rows."""

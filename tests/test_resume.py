@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from lwf_unsloth import checkpoints, kept_folders
 from lwf_unsloth.checkpoints import is_complete, latest_checkpoint
@@ -79,6 +80,41 @@ def test_a_setting_that_may_change_is_told_and_the_same_step_in_smaller_parts_is
     assert record["changes"] == [
         {"at": "checkpoint-2", "lwf_lambda": [2.0, 4.0], "learning_rate": [0.01, 0.001]}
     ]
+
+
+def test_a_run_that_has_ended_says_that_nothing_is_left_to_train(make_trainer, tmp_path, caplog):
+    run = {**STEPS, "max_steps": 2}
+    first = make_trainer(**run)
+    first.args.output_dir = str(tmp_path / "My Drive" / "run 1")
+    first.train()
+    caplog.clear()
+    again = make_trainer(**run)
+    again.args.output_dir = first.args.output_dir
+    again.train(resume_from_checkpoint=True)
+    assert "checkpoint-2 is the end of its run (step 2): nothing was left" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_stays_and_is_loaded_and_nan_is_never_the_best(
+    make_trainer, alpaca_rows, tmp_path, monkeypatch
+):
+    run = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "task_loss"}
+    more = {"load_best_model_at_end": True, "greater_is_better": False, "save_total_limit": 1}
+    trainer = make_trainer(**STEPS, **run, **more, max_steps=8, eval_dataset=alpaca_rows(4))
+    losses, kept, measure = [float("nan"), 1.0, 0.5, 0.9], [], trainer.evaluate
+
+    def forced(*args, **kwargs):
+        found = {**measure(*args, **kwargs), "eval_task_loss": losses[len(kept)]}
+        kept.append({n: p.clone() for n, p in trainer.model.named_parameters() if "lora" in n})
+        return found
+
+    monkeypatch.setattr(trainer, "evaluate", forced)
+    trainer.train()
+    assert trainer.state.best_metric == 0.5
+    left = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    assert left == ["checkpoint-6"], "the best one; the run is over"
+    for name, value in trainer.model.named_parameters():
+        assert "lora" not in name or torch.equal(value, kept[2][name]), name
 
 
 def full(path=None):
