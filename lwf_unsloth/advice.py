@@ -21,7 +21,7 @@ from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.facts import TrainingFacts
 from lwf_unsloth.forms import FORMS
 from lwf_unsloth.loss_curve import Trend, falling, overfitted, rising
-from lwf_unsloth.markup import html_text
+from lwf_unsloth.markup import html_text, shown
 
 HIGH_KL = 0.04
 HIGH_RISE = 0.05
@@ -72,7 +72,7 @@ class Advice(Sequence[Hint]):
 
     def __str__(self) -> str:
         """A line a hint."""
-        return "\n".join(f"- {hint.sentence}" for hint in self.hints) or "Nothing to change."
+        return "\n".join(f"- {shown(hint.sentence)}" for hint in self.hints) or "Nothing to change."
 
     __repr__ = __str__
 

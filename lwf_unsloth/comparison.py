@@ -92,7 +92,7 @@ class Comparison:
     def __str__(self) -> str:
         """Rates, lengths and faults, for a terminal."""
         left, right = self.labels
-        return (
+        return shown(
             f"EOS rate {self.eos_rate_before:.0%} {left} -> {self.eos_rate_after:.0%} {right}, "
             f"mean length {self.mean_tokens_before:.0f} -> {self.mean_tokens_after:.0f} tokens, "
             f"without fault {' -> '.join(str(side.sound) for side in self.diagnoses)} of "

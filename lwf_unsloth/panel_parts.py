@@ -29,7 +29,8 @@ margin:0 0 12px;overflow:hidden}
 .lwf-panel .lwf-h{font-size:15px;font-weight:600;line-height:1.6}
 .lwf-panel .lwf-h small{font-weight:400;opacity:.7;font-size:12.5px}
 .lwf-panel .lwf-say{display:block;padding:6px 10px;border-left:3px solid rgba(128,128,128,.5);
-background:rgba(128,128,128,.08);border-radius:0 6px 6px 0;font-size:13px;line-height:1.45}
+background:rgba(128,128,128,.08);border-radius:0 6px 6px 0;font-size:13px;line-height:1.45;
+overflow-wrap:anywhere;max-height:24em;overflow:auto}
 .lwf-panel .lwf-say pre,.lwf-panel pre.lwf-script{margin:0;padding:0;background:none;border:0;
 color:inherit;white-space:pre-wrap;overflow-wrap:anywhere;
 font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}

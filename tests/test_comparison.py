@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lwf_unsloth import comparison as comparison_file
+from lwf_unsloth.advice import Advice, Hint
 from lwf_unsloth.answers import Answer, Generations
 from lwf_unsloth.comparison import Comparison, compare
 from lwf_unsloth.decoding import Decoding
@@ -106,6 +107,13 @@ def test_no_tag_or_attribute_comes_from_text():
         assert not [name for _, name, _ in found.attributes if name.startswith("on")]
     inner = [tag for tag in read(nasty._repr_html_()).tags if tag not in extra]
     assert inner == [tag for tag in read(plain._repr_html_()).tags if tag not in extra]
+
+
+def test_printed_it_carries_no_code_that_a_terminal_acts_on():
+    named = pair(["a"], ["b"])
+    named = replace(named, after=replace(named.after, label="\x1b[31mred", template="\u202eleft"))
+    assert "\x1b" not in str(named) and "[ESC][31mred" in str(named)
+    assert "\x1b" not in str(Advice((Hint("form", "\x1b[2J"),)))
 
 
 def test_no_outside_resource_and_no_script_is_in_the_page():
