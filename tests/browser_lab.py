@@ -212,11 +212,12 @@ class Browser:
         )
         self.page.wait_for_timeout(800)
 
-    def run_all(self, timeout: float = 150) -> None:
+    def run_all(self, timeout: float = 300) -> None:
         """Run > Run All Cells, as a person does, and the wait for the last one."""
         self.page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         self.page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         self.page.wait_for_function(ALL_DONE, timeout=timeout * 1000, polling=500)
+        assert self.errors == []
 
     def show_cell(self, number: int, height: int = 900) -> Any:
         """Scrolls to a cell, in a window of a height."""
@@ -242,9 +243,10 @@ ALL_DONE = """() => {
   const notebook = window.jupyterapp.shell.currentWidget.content;
   const code = notebook.widgets.filter(one => one.model.type === 'code'
                                               && one.model.sharedModel.getSource().trim());
-  return code.every(one => one.model.executionCount) && IDLE;
+  const fell = document.querySelector("[data-mime-type='application/vnd.jupyter.error']");
+  return IDLE && (fell || code.every(one => one.model.executionCount));
 }""".replace("IDLE", IDLE.strip())
-"""Whether every code cell has its number and the kernel rests."""
+"""Whether every code cell has its number, or one fell, and the kernel rests."""
 
 
 @contextmanager

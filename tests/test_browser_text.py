@@ -7,7 +7,7 @@ from browser_text import EVIL, NASTY
 
 from lwf_unsloth.markup import shown
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # a busy machine takes long
 CELLS = (
     "import browser_text as text\ntext.comparison()",
     "text.forgetting()",

@@ -5,7 +5,7 @@ import re
 import pytest
 from browser_lab import Lab, browser, chromium, notebook_of
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # a busy machine takes long
 PANEL = "import lwf_unsloth as lwf\nlwf.panel(source=lwf.sample_path('faq_task.jsonl'))"
 ICONS = re.compile(r"https://cdn\.jsdelivr\.net/npm/@fortawesome/")
 """Voila's own page asks for two style sheets of Font Awesome; without them an icon is missing."""
