@@ -5,6 +5,7 @@ needs.
 import contextlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 import time
@@ -31,6 +32,8 @@ RECORD = "lwf.json"
 WEIGHTS = "adapter_model.safetensors"
 _NOT_FROM_A_FILE = ("trust_remote_code", "device_map", "token", "model_name", "revision")
 """Settings that a folder from elsewhere must not decide, or that belong to another machine."""
+SCRATCH = "[a-z0-9_]{8}"
+"""What mkdtemp adds to a name."""
 _LORA = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
 _LORA_EXTRAS = (
     "use_rslora",
@@ -312,9 +315,14 @@ def new_folder(target: Path) -> Iterator[Path]:
 def recover(target: Path) -> None:
     """Puts in place what a save has left whole beside it when it was killed between two renames.
 
-    Folders that a killed save left otherwise are removed when they are an hour old.
+    Folders that a killed save left otherwise are removed when they are an hour old; those of
+    others, whatever their names, are left alone.
     """
-    for left in sorted(target.parent.glob(f".{target.name}-*")):
+    name = re.compile(re.escape(f".{target.name}-") + SCRATCH)
+    found = target.parent.iterdir() if target.parent.is_dir() else ()
+    for left in sorted(path for path in found if name.fullmatch(path.name)):
+        if left.is_symlink() or not {path.name for path in left.glob("*")} <= {"new", "old"}:
+            continue
         if not target.exists() and (left / "old").is_dir():  # "new" was synced before
             whole = left / ("new" if (left / "new").is_dir() else "old")
             whole.rename(target)

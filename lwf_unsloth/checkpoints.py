@@ -6,6 +6,7 @@ written last, after everything else is on the disk, and only then are older chec
 
 import json
 import logging
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -139,6 +140,39 @@ def tell_missing(folder: Path) -> None:
             folder.name,
             ", ".join(missing),
         )
+
+
+def refuse_pickled_weights(folder: Path) -> None:
+    """Refuses a checkpoint whose weights are not safetensors.
+
+    Raises:
+        ModelError: It holds none, but pickled ones.
+    """
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{str(folder)!r} has no *.safetensors, only {', '.join(pickled[:4])}. Pickled weights "
+            "can run any code when they are loaded, so they are refused. Take a checkpoint that "
+            "this library wrote, or save its adapter as safetensors where you trust it."
+        )
+
+
+@contextmanager
+def data_alone(folder: Path) -> Iterator[None]:
+    """Around the reading of a checkpoint's states, which torch takes as numbers and names alone.
+
+    Raises:
+        ModelError: A state holds something else; it was not run.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"A state in {str(folder)!r} (optimizer, scheduler, scaler or random numbers) holds "
+            "more than numbers: it is damaged, or made to run code when it is loaded. It was not "
+            "run. Resume from another checkpoint, or start anew from the adapter in it "
+            "(load_adapter)."
+        ) from error
 
 
 @contextmanager

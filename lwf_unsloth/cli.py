@@ -14,6 +14,8 @@ import typer
 
 from lwf_unsloth.errors import ConfigError, DataError, LwfError
 from lwf_unsloth.ranks import rank, wait_to_end, world
+from lwf_unsloth.secret_texts import without_secrets
+from lwf_unsloth.unseen import PlainFormatter, shown
 
 app = typer.Typer(
     name="lwf-unsloth",
@@ -85,6 +87,9 @@ def options(
     """Sets logging up; the library itself never does."""
     quiet = logging.WARNING if rank() == 0 else logging.ERROR  # of several processes one tells
     logging.basicConfig(format="%(message)s", level=logging.INFO if debug else quiet)
+    for handler in logging.getLogger().handlers:  # text of models and data is no command here
+        if type(handler.formatter) is logging.Formatter:
+            handler.setFormatter(PlainFormatter("%(message)s"))
     logging.getLogger("lwf_unsloth").setLevel(logging.DEBUG if debug else quiet)
     if world() > 1 and context.invoked_subcommand != "train":
         refusal = ConfigError(
@@ -167,7 +172,7 @@ def sweep(
 
     plan = read_sweep_file(grid)
     folder = output or Path("runs") / plan.path.stem
-    typer.echo(str(run_sweep(plan, workers=workers, output=folder, storage=storage)))
+    typer.echo(plain(str(run_sweep(plan, workers=workers, output=folder, storage=storage))))
     typer.echo(f"All trials: {folder / 'trials.jsonl'}")
 
 
@@ -202,7 +207,7 @@ def compare(
     result = compared(before, after)
     folder = result.save(output)
     Console().print(answer_table(result.rows[:6], *result.labels))
-    typer.echo(f"{result}\nAll answers: {folder / 'comparison.html'} (and .md, .json)")
+    typer.echo(f"{plain(str(result))}\nAll answers: {folder / 'comparison.html'} (and .md, .json)")
 
 
 @app.command()
@@ -253,7 +258,7 @@ def evaluate(
     )
     if output is not None:
         found.save(output)
-    typer.echo(str(found))
+    typer.echo(plain(str(found)))
 
 
 def read_sets(data: list[str], text: bool = False) -> dict[str, Any]:
@@ -297,7 +302,7 @@ def doctor() -> None:
     from lwf_unsloth.checkup import examine
 
     found = examine()
-    typer.echo(str(found))
+    typer.echo(plain(str(found)))
     if found.problems:
         raise ConfigError(" ".join(found.problems))
 
@@ -324,6 +329,11 @@ def read_prompt_file(path: Path) -> list[dict[str, str] | str]:
     return rows
 
 
+def plain(text: str) -> str:
+    """Text for the terminal: no secrets, and nothing in it is a command to the terminal."""
+    return shown(without_secrets(text))
+
+
 def main() -> None:
     """Runs a command; an error of ours is a message and exit code 2, without a traceback."""
     given = sys.argv[1:]
@@ -339,7 +349,9 @@ def main() -> None:
             raise
         if not getattr(error, "told", False):
             where = "Error" if world() == 1 else f"Error in process {rank()} of {world()}"
-            typer.echo(f"{where}: {error}\n(--debug shows where it happened.)", err=True)
+            typer.echo(
+                f"{where}: {plain(str(error))}\n(--debug shows where it happened.)", err=True
+            )
         wait_to_end(error)
         sys.exit(2)
 

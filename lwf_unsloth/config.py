@@ -279,6 +279,10 @@ class LwFConfig(SFTConfig):
         }
         return cls(output_dir, **{**values, **changes})
 
+    def __repr__(self) -> str:
+        """As `str`, which transformers writes without the values of tokens."""
+        return str(self)
+
     def lwf_settings(self) -> dict[str, Any]:
         """The settings that decide the result, as plain values for reports and model cards."""
         own = ("lwf_", "rehearsal_", "self_rehearsal_")

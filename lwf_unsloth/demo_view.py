@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from lwf_unsloth.answers import Answer, Generations
 from lwf_unsloth.backend import prepare
+from lwf_unsloth.unseen import shown as shown_text
 
 prepare()
 
@@ -44,7 +45,7 @@ class DemoView:
 
     def say(self, text: str) -> None:
         """A line under a stage."""
-        self.console.print(Text(f"  {text}"), soft_wrap=True)
+        self.console.print(Text(f"  {shown_text(text)}"), soft_wrap=True)
 
     def follow(self, trainer: Any) -> None:
         """Replaces the trainer's line a step by one bar with the losses."""
@@ -121,14 +122,18 @@ def answer_table(
     """Prompt and both answers; what was cut says so."""
     table = Table(box=box.ROUNDED, show_lines=True)
     for name in ("prompt", left, right):
-        table.add_column(Text(name), ratio=2 if name == "prompt" else 3, overflow="fold")
+        table.add_column(
+            Text(shown_text(name)), ratio=2 if name == "prompt" else 3, overflow="fold"
+        )
     for before, after in shown:
-        table.add_row(Text(before.prompt), *(_shortened(answer) for answer in (before, after)))
+        table.add_row(
+            Text(shown_text(before.prompt)), *(_shortened(answer) for answer in (before, after))
+        )
     return table
 
 
 def _shortened(answer: Answer) -> Text:
-    text = answer.text.strip()
+    text = shown_text(answer.text.strip())
     text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
     stop = "stopped by itself" if answer.stop == "eos" else "cut at the limit of tokens"
     return Text.assemble(text, "\n", (f"({stop}, {answer.tokens} tokens)", "dim"))

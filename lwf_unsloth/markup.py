@@ -9,15 +9,7 @@ import re
 from collections.abc import Sequence
 
 from lwf_unsloth.answers import Answer, Generations
-
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
-    "\ud800-\udfff]"
-)
-"""Control codes but tab and newline, direction and zero-width marks, lone surrogates. The
-zero-width joiners stay: Persian, Indic scripts and emoji need them."""
-
-_NAMES = {0x00: "NUL", 0x07: "BEL", 0x08: "BS", 0x0D: "CR", 0x1B: "ESC", 0x7F: "DEL"}
+from lwf_unsloth.unseen import UNSEEN, name_of, shown
 
 _ALIGNED = re.compile(r"^(?:\||```|\t| {4}|def |class |import |from \w+ import |#include)", re.M)
 """Lines of code or of a table, which read best in a fixed-width font."""
@@ -76,22 +68,12 @@ background:var(--warn);unicode-bidi:isolate}
 colour, so the table reads in light and dark themes alike."""
 
 
-def shown(text: str) -> str:
-    """Text with its invisible characters written out, e.g. "[U+202E]"; newline and tab stay."""
-    return _UNSEEN.sub(lambda match: _name(match.group()), text)
-
-
-def _name(character: str) -> str:
-    """A visible name in brackets: "[ESC]", else the code point."""
-    return f"[{_NAMES.get(ord(character), f'U+{ord(character):04X}')}]"
-
-
 def html_text(text: str) -> str:
     """Text as HTML that shows exactly that text; invisible characters are marked and named."""
     parts, at = [], 0
-    for match in _UNSEEN.finditer(text):
+    for match in UNSEEN.finditer(text):
         parts.append(html.escape(text[at : match.start()]))
-        parts.append(f'<span class="lwf-u">{_name(match.group())}</span>')
+        parts.append(f'<span class="lwf-u">{name_of(match.group())}</span>')
         at = match.end()
     return "".join([*parts, html.escape(text[at:])])
 

@@ -177,6 +177,7 @@ def _saved_tokenizer(model: Any, tokenizer: Any, saved: AdapterFolder) -> Any:
         saved.folder,
         padding_side="right",
         model_max_length=getattr(tokenizer, "model_max_length", None),
+        trust_remote_code=False,  # left out, it would ask whether to run what the folder brings
     )
     check_tokenizer(own)
     check_vocabulary(model, own, str(saved.folder))

@@ -11,7 +11,9 @@ from torch import nn
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.checkpoints import (
     common_checkpoint,
+    data_alone,
     load_teacher,
+    refuse_pickled_weights,
     save_teacher,
     saving,
     tell_end,
@@ -149,7 +151,25 @@ class Resuming(Trainer):
         """The adapter, and the teacher and the log line of the interrupted run."""
         folder = Path(resume_from_checkpoint)
         tell_missing(folder)
+        refuse_pickled_weights(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_teacher(self.teacher, folder)
         self.strength.load(folder)
         self.log_window.load(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's; a state that would run code is refused."""
+        with data_alone(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, where this run scales its loss too: in fp16 alone."""
+        if self.accelerator.scaler is None:
+            return
+        with data_alone(Path(checkpoint or "")):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the Trainer's; a state that would run code is refused."""
+        with data_alone(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)

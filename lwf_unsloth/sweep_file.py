@@ -12,6 +12,7 @@ from typing import Any
 from lwf_unsloth.arguments import checked
 from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.secret_texts import SECRET_KEYS
 from lwf_unsloth.train_file import SECTIONS, checked_sections, read_yaml, refuse_unknown
 
 OWN = ("name", "grid", "space", "trials", "seed", "evaluate")
@@ -96,12 +97,31 @@ def read_sweep_file(path: str | Path) -> SweepPlan:
 def _space(path: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     """What is tried, and the budget of trials, if any."""
     grid, space, trials = (values.get(name) for name in ("grid", "space", "trials"))
+    _refuse_secrets(path, base, space)
     if (grid is None) == (space is None) or (grid is None) == (trials is None):
         raise ConfigError(
             f"{path} must have either `grid` (every combination is run) or `space` and `trials` "
             "(so many trials, chosen by what the earlier ones gave): otherwise it does not say "
             "what to try."
         )
+def _refuse_secrets(
+    path: Path, base: Mapping[str, Mapping[str, Any]], space: Mapping[str, Any]
+) -> None:
+    """Refuses tokens in a sweep's file: each trial's settings are kept, in the study and beside it.
+
+    Raises:
+        ConfigError: A token, or settings of one.
+    """
+    given = [f"{section}.{key}" for section, part in base.items() for key in part if part[key]]
+    found = [name for name in [*given, *space] if name.rpartition(".")[2] in SECRET_KEYS]
+    if found:
+        raise ConfigError(
+            f"{path} sets {', '.join(found)}, and the settings of every trial are kept in the "
+            "study and in trials.jsonl, where others may read them. Leave it out and set HF_TOKEN "
+            "in the environment: trials have the same."
+        )
+
+
     if trials is not None:
         check_count(f"{path}: trials", trials)
     given = grid if space is None else space

@@ -350,7 +350,7 @@ def test_a_failed_save_leaves_the_old_adapter_and_nothing_else(copy, tiny_model_
 def test_a_save_that_was_killed_between_its_two_renames_is_put_in_place(copy, caplog, half):
     from lwf_unsloth.adapters import read_adapter
 
-    scratch = copy.parent / ".copy-abc"
+    scratch = copy.parent / ".copy-abc12345"
     for name in half:
         shutil.copytree(copy, scratch / name)
         (scratch / name / "which").write_text(name)
