@@ -27,14 +27,8 @@ from lwf_unsloth.arguments import checked
 from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.sweep_file import SweepPlan
-from lwf_unsloth.sweep_result import (
-    COMPLETE,
-    FAILED,
-    SKIPPED,
-    SweepResult,
-    TrialRecord,
-    write_lines,
-)
+from lwf_unsloth.sweep_result import COMPLETE, SKIPPED, SweepResult, write_lines
+from lwf_unsloth.sweep_trials import covers, failed_slots, is_second, newest, settings, states
 from lwf_unsloth.trial_process import (
     Stopped,
     gpu_bytes,
@@ -68,9 +62,10 @@ def run_sweep(
     workers: int = 1,
     output: str | Path = "runs/sweep",
     storage: str | None = None,
+    retry_failed: bool = False,
     command: Sequence[str] = COMMAND,
 ) -> SweepResult:
-    """Runs what is unfinished of a sweep.
+    """Runs what is unfinished of a sweep; of a grid that has got more values, what is new in it.
 
     Args:
         plan: From `read_sweep_file`.
@@ -78,6 +73,7 @@ def run_sweep(
         output: Folder of the trials, of `trials.jsonl` and of the study.
         storage: A database URL that several machines share ("postgresql+psycopg://..."); None
             takes the file study.db in `output`.
+        retry_failed: Whether trials that failed in an earlier call are run again, once.
         command: What runs a trial; the folder with its job is added.
 
     Returns:
@@ -93,11 +89,11 @@ def run_sweep(
     folder = Path(output).resolve()
     (folder / "trials").mkdir(parents=True, exist_ok=True)
     running = _Sweep(plan, folder, _url(storage, folder), tuple(command))
-    running.begin()
+    running.begin(retry_failed)
     threads = [
         threading.Thread(target=running.work, args=(n,), daemon=True) for n in range(workers)
     ]
-    with tqdm(total=len(plan.points()), desc="sweep", unit="trial") as running.bar:
+    with tqdm(total=len(plan.slots()), desc="sweep", unit="trial") as running.bar:
         running.show()
         for thread in threads:
             thread.start()
@@ -154,7 +150,7 @@ class _Sweep:
             load_if_exists=True,
         )
 
-    def begin(self) -> None:
+    def begin(self, retry_failed: bool = False) -> None:
         """Refuses another plan's study, tries the settings, and queues what is wanted."""
         study = self.study()
         there = study.user_attrs.get("digest")
@@ -170,7 +166,7 @@ class _Sweep:
             study.set_user_attr("objectives", [self.plan.evaluate[k] for k in OBJECTIVES])
             with _quiet():  # optuna-dashboard shows them on its axes
                 study.set_metric_names(list(OBJECTIVES))
-        self._requeue(study)
+        self._requeue(study, again=retry_failed)
 
     def _check(self) -> None:
         """Looks at all settings in a process of its own: libraries and GPU stay out of this one."""
@@ -185,8 +181,9 @@ class _Sweep:
 
     # ------------------------------------------------------------------ the queue
 
-    def _requeue(self, study: Any) -> None:
-        """Closes trials whose worker is gone, and gives every slot without a trial a waiting one.
+    def _requeue(self, study: Any, again: bool = False) -> None:
+        """Closes trials whose worker is gone, and gives every slot without a trial a waiting one;
+        with `again` also those whose trial failed.
 
         Two machines may do so at once: of two trials of a slot the later one steps back.
         """
@@ -198,8 +195,10 @@ class _Sweep:
             if trial.state.name == "RUNNING" and is_gone(trial):
                 self._close(study, trial)
         trials = study.get_trials(deepcopy=False)
-        covered = {one.user_attrs.get("slot") for one in trials if _covers(one)}
-        for slot, params in enumerate(self.plan.points()):
+        covered = {one.user_attrs.get("slot") for one in trials if covers(one)}
+        if again:
+            covered -= failed_slots(study)
+        for slot, params in self.plan.slots().items():
             if slot not in covered:
                 study.enqueue_trial(params, user_attrs={"slot": slot})
 
@@ -232,13 +231,13 @@ class _Sweep:
         """Runs a trial, or waits for those of others; whether there may be more to do."""
         taken = _Hold(self.taking)
         with taken:
-            if _states(study) & {"WAITING"}:
+            if states(study) & {"WAITING"}:
                 run = functools.partial(self._objective, study=study, taken=taken)
                 study.optimize(run, n_trials=1, catch=(TrialFailed,))
                 self._write()
                 return True
             self._requeue(study)
-        left = _states(study) & {"WAITING", "RUNNING"}
+        left = states(study) & {"WAITING", "RUNNING"}
         if left:
             time.sleep(POLL)
         return bool(left)
@@ -254,10 +253,11 @@ class _Sweep:
         import optuna
 
         trial.set_user_attr("owner", this_worker())
-        params = {name: _suggest(trial, name, given) for name, given in self.plan.space.items()}
+        params = settings(trial, self.plan.space, grid=self.plan.trials is None)
+        trial.set_user_attr("params", params)
         taken.release()
         slot = trial.user_attrs.get("slot")
-        if slot is None or _is_second(trial, study):
+        if slot is None or is_second(trial, study):
             trial.set_user_attr("duplicate", True)
             raise optuna.TrialPruned("Another worker has this slot.")
         begun = time.monotonic()
@@ -281,8 +281,7 @@ class _Sweep:
 
     def result(self) -> SweepResult:
         """The ended trials of the study."""
-        found = (_record(one) for one in self.study().get_trials(deepcopy=False))
-        return SweepResult(self.plan.name, tuple(one for one in found if one is not None))
+        return SweepResult(self.plan.name, tuple(newest(self.study())))
 
     def _write(self) -> None:
         """Writes `trials.jsonl` anew, from the study, which is never behind it."""
@@ -351,45 +350,3 @@ def _note(trial: Any, result: dict[str, Any]) -> None:
     for name, value in {**result, "versions": versions}.items():
         if name not in OBJECTIVES:
             trial.set_user_attr(name, value)
-
-
-def _states(study: Any) -> set[str]:
-    return {one.state.name for one in study.get_trials(deepcopy=False)}
-
-
-def _suggest(trial: Any, name: str, given: Any) -> Any:
-    """The trial's value of a setting: the grid's, or chosen by the sampler."""
-    if isinstance(given, list):
-        return trial.suggest_categorical(name, given)
-    whole = all(isinstance(given[end], int) for end in ("low", "high"))
-    suggest = trial.suggest_int if whole else trial.suggest_float
-    rest = {key: given[key] for key in ("log", "step") if key in given}
-    return suggest(name, given["low"], given["high"], **rest)
-
-
-def _covers(trial: Any) -> bool:
-    """Whether a trial's slot needs no other: it waits, runs, or has ended with an outcome."""
-    if trial.user_attrs.get("duplicate"):
-        return False
-    return trial.state.name != "FAIL" or "reason" in trial.user_attrs
-
-
-def _is_second(trial: Any, study: Any) -> bool:
-    """Whether the slot is another's: one that was begun before and runs, or that has ended."""
-    for one in study.get_trials(deepcopy=False):
-        if one.number == trial.number or one.user_attrs.get("slot") != trial.user_attrs["slot"]:
-            continue
-        runs = one.state.name == "RUNNING" and one.number < trial.number and not is_gone(one)
-        if runs or (one.state.is_finished() and _covers(one)):
-            return True
-    return False
-
-
-def _record(trial: Any) -> TrialRecord | None:
-    """An ended trial with an outcome; None for others."""
-    state = {"COMPLETE": COMPLETE, "FAIL": FAILED, "PRUNED": SKIPPED}.get(trial.state.name)
-    if state is None or not _covers(trial):
-        return None
-    gain, forgetting = trial.values if state == COMPLETE else (None, None)
-    details = {key: value for key, value in trial.user_attrs.items() if key != "state"}
-    return TrialRecord(trial.number, state, dict(trial.params), gain, forgetting, details)

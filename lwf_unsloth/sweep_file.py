@@ -41,12 +41,15 @@ class SweepPlan:
     evaluate: dict[str, Any]
     """`general` or `general_text` (source), `limit`, `gain`, `forgetting`."""
 
-    def points(self) -> list[dict[str, Any]]:
-        """The settings of each trial; empty ones where TPE chooses."""
+    def slots(self) -> dict[str, dict[str, Any]]:
+        """The settings of each trial by its place: a point of the grid is known by its settings,
+        not by where it stands in it; where TPE chooses, a trial by its number, without settings.
+        """
         if self.trials is not None:
-            return [{} for _ in range(self.trials)]
+            return {str(number): {} for number in range(self.trials)}
         values = itertools.product(*self.space.values())
-        return [dict(zip(self.space, point, strict=True)) for point in values]
+        points = [dict(zip(self.space, point, strict=True)) for point in values]
+        return {json.dumps(point, sort_keys=True): point for point in points}
 
     def corners(self) -> Iterator[dict[str, Any]]:
         """Points in which every listed value and every end of a range comes up once."""
@@ -59,9 +62,15 @@ class SweepPlan:
 
     @property
     def digest(self) -> str:
-        """A hash of all that decides a trial's result; a larger budget of trials keeps it."""
+        """A hash of all that decides a trial's result; a larger budget of trials keeps it, and so
+        does a grid with other numbers.
+        """
         grid = self.trials is None
-        parts = (self.base, self.space, grid, self.evaluate, None if grid else self.seed)
+        space = {
+            name: None if grid and is_number_list(given) else given
+            for name, given in self.space.items()
+        }
+        parts = (self.base, space, grid, self.evaluate, None if grid else self.seed)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -88,22 +97,13 @@ def read_sweep_file(path: str | Path) -> SweepPlan:
     base = {name: values[name] for name in SECTIONS if values.get(name) is not None}
     checked_sections(path, base)
     space, trials = _space(path, values)
+    _refuse_secrets(path, base, space)
     seed, name = values.get("seed", 0), values.get("name", path.stem)
     if not isinstance(seed, int) or isinstance(seed, bool) or not isinstance(name, str) or not name:
         raise ConfigError(f"{path}: seed must be a whole number and name a text.")
     return SweepPlan(path, name, base, space, trials, seed, _evaluate(path, values))
 
 
-def _space(path: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """What is tried, and the budget of trials, if any."""
-    grid, space, trials = (values.get(name) for name in ("grid", "space", "trials"))
-    _refuse_secrets(path, base, space)
-    if (grid is None) == (space is None) or (grid is None) == (trials is None):
-        raise ConfigError(
-            f"{path} must have either `grid` (every combination is run) or `space` and `trials` "
-            "(so many trials, chosen by what the earlier ones gave): otherwise it does not say "
-            "what to try."
-        )
 def _refuse_secrets(
     path: Path, base: Mapping[str, Mapping[str, Any]], space: Mapping[str, Any]
 ) -> None:
@@ -122,6 +122,15 @@ def _refuse_secrets(
         )
 
 
+def _space(path: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """What is tried, and the budget of trials, if any."""
+    grid, space, trials = (values.get(name) for name in ("grid", "space", "trials"))
+    if (grid is None) == (space is None) or (grid is None) == (trials is None):
+        raise ConfigError(
+            f"{path} must have either `grid` (every combination is run) or `space` and `trials` "
+            "(so many trials, chosen by what the earlier ones gave): otherwise it does not say "
+            "what to try."
+        )
     if trials is not None:
         check_count(f"{path}: trials", trials)
     given = grid if space is None else space
@@ -156,6 +165,11 @@ def _check_values(path: Path, name: str, given: Any, ranges: bool) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_number_list(given: Any) -> bool:
+    """Whether the values of a setting are numbers alone."""
+    return isinstance(given, list) and all(map(_is_number, given))
 
 
 def _evaluate(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def ran(place, word="ended"):
 
 
 def test_a_grid_is_every_combination_once(place):
-    points = plan_of(place).points()
+    points = list(plan_of(place).slots().values())
     assert len(points) == 6 and len({tuple(p.items()) for p in points}) == 6
     seen = {(name, p[name]) for p in plan_of(place).corners() for name in p}
     assert seen == {("lwf_lambda", v) for v in (0.5, 1, 2)} | {("r", 4), ("r", 8)}
@@ -173,8 +173,26 @@ def test_failed_and_too_large_trials_are_recorded_with_their_reason_and_ignored_
 def test_another_plan_in_the_same_study_is_refused(place):
     small = GRID.replace("[0.5, 1, 2]", "[1]").replace("[4, 8]", "[4]")
     swept(place, small)
-    with pytest.raises(ConfigError, match="another sweep"):
-        swept(place, small.replace("[4]", "[8]"))
+    for old, new in (("max_steps: 2", "max_steps: 3"), ("  r:", "  lora_alpha:"), ("[4]", "[x]")):
+        with pytest.raises(ConfigError, match="another sweep"):
+            swept(place, small.replace(old, new))
+
+
+def test_a_grid_that_has_got_more_values_runs_what_is_new_and_failed_ones_only_when_asked(place):
+    small = GRID.replace("[0.5, 1, 2]", "[0.5, 2]").replace("[4, 8]", "[8]")
+    first = small.replace("{max_steps: 2}", "{max_steps: 2, dies_at: 2}")
+    assert [one.state for one in swept(place, first).trials] == ["complete", "failed"]
+    more = swept(place, first.replace("[8]", "[4, 8]").replace("[0.5, 2]", "[0.5]"))
+    assert len(ran(place, "begun")) == 3, "of the new point alone"
+    assert [one.params for one in more.of("complete")] == [
+        {"lwf_lambda": 0.5, "r": 8},
+        {"lwf_lambda": 0.5, "r": 4},
+    ]
+    (place / "stand_in.py").write_text(STAND_IN.replace("sys.exit(3)", "pass"))
+    assert len(swept(place, first).of("failed")) == 1
+    again = swept(place, first, retry_failed=True)
+    assert len(again.of("complete")) == 3 and not again.of("failed")
+    assert len(ran(place, "begun")) == 4
 
 
 @pytest.mark.slow
@@ -251,8 +269,8 @@ def test_a_result_that_the_killed_sweep_did_not_record_is_taken_and_not_run_agai
     (place / "out" / "trials").mkdir(parents=True)
     sweep.begin()
     trial = sweep.study().ask()
-    trial.suggest_categorical("lwf_lambda", [1])
-    trial.suggest_categorical("r", [4])
+    trial.suggest_float("lwf_lambda", 1, 1)
+    trial.suggest_float("r", 4, 4)
     trial.set_user_attr("owner", {**_owner(), "pid": 2**22 + 1})
     folder = place / "out" / "trials" / "trial-0000"
     folder.mkdir()
