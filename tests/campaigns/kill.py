@@ -33,6 +33,8 @@ NEEDLES = {
     "sweep": "/sweep/",
 }
 """Kind of a kill by tripwire -> what the paths of its operations hold."""
+OF = {"sweep": "sweep", "conversion": "convert"}
+"""Kind of a kill -> what is run; else the training."""
 SHARES = ("time", "saving", "saving", "cache", "time", "adapter", "sweep", "conversion")
 LONGEST = 600
 
@@ -110,22 +112,17 @@ def references(root, kinds):
     for kind in kinds:
         folder = root / f"whole-{kind}"
         folder.mkdir(parents=True)
-        for moment, needle in NEEDLES.items():
-            of = {"sweep": "sweep", "conversion": "convert"}.get(moment, "train")
-            if of != kind:
-                continue
-            again = root / f"count-{moment}"
-            again.mkdir()
-            process = start(kind, again, LWF_COUNT=needle)
-            while not (again / "begun").exists() and process.poll() is None:
-                time.sleep(0.02)
-            begun = time.monotonic()
-            if process.wait(LONGEST):
-                raise RuntimeError((again / "output.txt").read_text()[-3000:])
-            counts[moment] = max(1, int((again / "count").read_text()))
-            if kind == "train":
-                counts["seconds"] = time.monotonic() - begun
-        ended(kind, folder)
+        needles = {name: text for name, text in NEEDLES.items() if OF.get(name, "train") == kind}
+        process = start(kind, folder, LWF_COUNT="|".join(needles.values()))
+        while not (folder / "begun").exists() and process.poll() is None:
+            time.sleep(0.02)
+        begun = time.monotonic()
+        if process.wait(LONGEST):
+            raise RuntimeError((folder / "output.txt").read_text()[-3000:])
+        if kind == "train":
+            counts["seconds"] = time.monotonic() - begun
+        operations = json.loads((folder / "count").read_text())
+        counts.update({name: max(1, operations[text]) for name, text in needles.items()})
         found[kind] = outcome(kind, folder)
     return found, counts
 
@@ -134,8 +131,7 @@ def campaign(root, kills, seed, shares=SHARES):
     """Kills, restarts, compares; the figures."""
     rng = random.Random(seed)
     plan = [shares[n % len(shares)] for n in range(kills)]
-    of = {"sweep": "sweep", "conversion": "convert"}
-    kinds = sorted({of.get(moment, "train") for moment in plan})
+    kinds = sorted({OF.get(moment, "train") for moment in plan})
     wanted, counts = references(root, kinds)
     counted = dict(counts)
     if "saving" in counts:  # several kills of one run: each falls into its next saves
@@ -143,7 +139,7 @@ def campaign(root, kills, seed, shares=SHARES):
         counts["seconds"] = max(0.5, counts["seconds"] / 2)
     done, losses, unequal, tries = Counter(), [], [], 0
     for kind in kinds:
-        waiting = [moment for moment in plan if of.get(moment, "train") == kind]
+        waiting = [moment for moment in plan if OF.get(moment, "train") == kind]
         while waiting and tries < 4 * kills:
             folder = root / f"killed-{kind}-{tries}"
             folder.mkdir()
@@ -158,8 +154,8 @@ def campaign(root, kills, seed, shares=SHARES):
                     losses.append(f"{folder.name}: no whole checkpoint is left")
                 had = had or now
             ended(kind, folder)
-            if outcome(kind, folder) != wanted[kind]:
-                unequal.append(folder.name)
+            now = outcome(kind, folder)
+            unequal += [f"{folder.name}: {n}" for n in now if now[n] != wanted[kind][n]]
     return {
         "kills": sum(done.values()),
         "by_kind": dict(done),

@@ -2,8 +2,8 @@
 
 `python -m tests.campaigns.work KIND FOLDER` does one, or goes on with it. With
 LWF_KILL_AT="N NEEDLE" the process ends itself by SIGKILL at its N-th operation (open to write,
-rename, remove, fsync) on a path that holds NEEDLE; with LWF_COUNT="NEEDLE" it writes how many there
-were.
+rename, remove, fsync) on a path that holds NEEDLE; with LWF_COUNT="NEEDLE|NEEDLE" it writes how many
+there were.
 """
 
 import json
@@ -170,15 +170,13 @@ def main():
     kind, folder = sys.argv[1], Path(sys.argv[2])
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     folder.mkdir(parents=True, exist_ok=True)
-    wire = None
     if os.environ.get("LWF_KILL_AT"):
         at, needle = os.environ["LWF_KILL_AT"].split(" ", 1)
-        wire = Tripwire(needle, int(at))
-    elif os.environ.get("LWF_COUNT"):
-        wire = Tripwire(os.environ["LWF_COUNT"])
+        Tripwire(needle, int(at))
+    needles = [needle for needle in os.environ.get("LWF_COUNT", "").split("|") if needle]
+    wires = {needle: Tripwire(needle) for needle in needles}
     {"train": train, "sweep": sweep, "convert": convert}[kind](folder)
-    if wire is not None:
-        (folder / "count").write_text(str(wire.count))
+    (folder / "count").write_text(json.dumps({one: wire.count for one, wire in wires.items()}))
 
 
 if __name__ == "__main__":
