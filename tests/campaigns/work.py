@@ -2,8 +2,8 @@
 
 `python -m tests.campaigns.work KIND FOLDER` does one, or goes on with it. With
 LWF_KILL_AT="N NEEDLE" the process ends itself by SIGKILL at its N-th operation (open to write,
-rename, remove, fsync) on a path that holds NEEDLE; with LWF_COUNT="NEEDLE|NEEDLE" it writes how many
-there were.
+rename, remove, fsync) on a path that holds NEEDLE; with LWF_COUNT="NEEDLE|NEEDLE" it writes how
+many there were.
 """
 
 import json
