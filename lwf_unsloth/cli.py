@@ -45,7 +45,8 @@ The same file on several GPUs, per_device_train_batch_size rows on each:
   accelerate launch --num_processes 2 -m lwf_unsloth train FILE
 """
 """\\b keeps the lines below it as they are."""
-SWEEP_HELP = """Try settings against each other, as a YAML file says; run it again to go on.
+SWEEP_HELP = """Try settings against each other, as a YAML file says; run it again to go on, also with more
+numbers in the grid.
 
 \b
 model: ...                   # model, training, data: as in a training file
@@ -165,6 +166,9 @@ def sweep(
             show_default="study.db in the folder",
         ),
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run failed trials again, once.")
+    ] = False,
 ) -> None:
     """Runs what is unfinished of a sweep."""
     from lwf_unsloth.sweep import run_sweep

@@ -58,7 +58,7 @@ from pathlib import Path
 import lwf_unsloth as lwf
 from lwf_unsloth.samples import sample_path
 
-folder = Path(OUTPUT)
+folder = Path(OUTPUT).resolve()
 folder.mkdir(parents=True, exist_ok=True)
 halves = lwf.load_alpaca(sample_path("general"), test_size=0.5)
 halves["train"].to_json(folder / "rehearsal.jsonl", force_ascii=False)
@@ -138,5 +138,7 @@ lwf.compare(before, after)
 # - Look at the study in a browser: `pip install optuna-dashboard`, then `optuna-dashboard sqlite:///study.db` in the folder.
 # - More settings than a grid can hold? `space` and `trials` in the place of `grid` let Optuna choose so many trials by what
 #   the earlier ones gave: `lwf-unsloth sweep --help` shows the file.
-# - Before you trust a small difference, put `seed: [1, 2, 3]` into the grid.
-# - Also in a grid: `rank_schedule: ["0:16", "0:4, 0.5:16"]` compares an adapter that grows with one that does not.
+# - Put more numbers into the lists and run again: only what is new is trained. Trials that failed are run again with
+#   `run_sweep(..., retry_failed=True)`.
+# - Before you trust a small difference, put `seed: [1, 2, 3]` into the grid of another `OUTPUT`.
+# - An adapter that grows: `r: 16` in the file's `model`, `rank_schedule: ["0:16", "0:4, 0.5:16"]` in its `grid`.
