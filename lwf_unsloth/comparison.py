@@ -14,7 +14,7 @@ from lwf_unsloth.diagnosis import FAULTS, Diagnoses, Diagnosis, diagnose
 from lwf_unsloth.errors import DataError
 from lwf_unsloth.facts import TrainingFacts
 from lwf_unsloth.markup import markdown_text, page, shown, table
-from lwf_unsloth.whole_files import write_whole_text
+from lwf_unsloth.whole_files import write_whole_text, writing
 
 logger = logging.getLogger(__name__)
 
@@ -173,13 +173,19 @@ class Comparison:
 
         Returns:
             The folder.
+
+        Raises:
+            DiskError: The disk is full, or the folder may not be written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
-        write_whole_text(folder / "comparison.json", text)
-        write_whole_text(folder / "comparison.html", self.to_html())
-        write_whole_text(folder / "comparison.md", self.to_markdown())
+        files = {
+            "comparison.json": json.dumps(self.to_dict(), ensure_ascii=False, indent=1),
+            "comparison.html": self.to_html(),
+            "comparison.md": self.to_markdown(),
+        }
+        with writing(folder):
+            for name, text in files.items():
+                write_whole_text(folder / name, text)
         return folder
 
 

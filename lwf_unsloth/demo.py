@@ -28,7 +28,7 @@ from lwf_unsloth.model import default_model, load_model
 from lwf_unsloth.scoring import score
 from lwf_unsloth.teacher import trained_tensors
 from lwf_unsloth.trainer import LwFTrainer
-from lwf_unsloth.whole_files import write_whole_text
+from lwf_unsloth.whole_files import write_whole_text, writing
 
 TASK_ROWS = 8
 """Task rows an optimizer step; one rehearsal row comes with them."""
@@ -81,7 +81,8 @@ def run_demo(
     """
     prepare()
     started, folder, view = time.perf_counter(), Path(output_dir), DemoView(console, 5 + lambda0)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):  # before the minutes of work
+        pass
     view.stage("Loading the model and the rows")
     net, tokenizer = load_model(_model_config(model, seed))
     data = demo_data(net, tokenizer, questions)
@@ -310,4 +311,5 @@ def peak_memory_bytes() -> int:
 
 def _write(report: dict[str, Any], folder: Path) -> None:
     text = json.dumps(report, ensure_ascii=False, indent=1)
-    write_whole_text(folder / "report.json", text)
+    with writing(folder):
+        write_whole_text(folder / "report.json", text)

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from lwf_unsloth.arguments import checked
 from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, LwfError
+from lwf_unsloth.secret_texts import without_secrets
 from lwf_unsloth.sweep_file import SweepPlan
 from lwf_unsloth.sweep_result import COMPLETE, SKIPPED, SweepResult, write_lines
 from lwf_unsloth.sweep_trials import covers, failed_slots, is_second, newest, settings, states
@@ -37,6 +38,7 @@ from lwf_unsloth.trial_process import (
     run_process,
     this_worker,
 )
+from lwf_unsloth.whole_files import unwritable, writing
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ TRIES = 4
 """Times that the storage is opened."""
 POLL = 1.0
 """Seconds between two looks at trials of other workers."""
+SQLITE = ("disk is full", "readonly database", "unable to open database", "disk I/O error")
 LINES = "trials.jsonl"
 OBJECTIVES = ("gain", "forgetting")
 
@@ -84,29 +87,46 @@ def run_sweep(
 
     Raises:
         ConfigError: Settings that cannot be run, or a study of this name with another plan.
+        DiskError: The folder's disk is full, or it may not be written; what has ended is kept.
     """
     check_count("workers", workers)
     folder = Path(output).resolve()
-    (folder / "trials").mkdir(parents=True, exist_ok=True)
-    running = _Sweep(plan, folder, _url(storage, folder), tuple(command))
-    running.begin(retry_failed)
-    threads = [
-        threading.Thread(target=running.work, args=(n,), daemon=True) for n in range(workers)
-    ]
-    with tqdm(total=len(plan.slots()), desc="sweep", unit="trial") as running.bar:
-        running.show()
-        for thread in threads:
-            thread.start()
-        try:
+    with _told(folder):
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        running = _Sweep(plan, folder, _url(storage, folder), tuple(command))
+        running.begin(retry_failed)
+        threads = [
+            threading.Thread(target=running.work, args=(n,), daemon=True) for n in range(workers)
+        ]
+        with tqdm(total=len(plan.slots()), desc="sweep", unit="trial") as running.bar:
+            running.show()
             for thread in threads:
-                thread.join()
-        finally:  # an interrupt ends the trials too; the next call begins them again
-            running.stop.set()
-            for thread in threads:
-                thread.join()
-    if running.errors:
-        raise running.errors[0]
-    return running.result()
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            finally:  # an interrupt ends the trials too; the next call begins them again
+                running.stop.set()
+                for thread in threads:
+                    thread.join()
+        if running.errors:
+            raise running.errors[0]
+        return running.result()
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """`writing`, which knows too what SQLite says of a disk."""
+    try:
+        with writing(folder):
+            yield
+    except LwfError:
+        raise
+    except Exception as error:
+        if not any(words in str(error) for words in SQLITE):
+            raise
+        said = OSError(str(error).split("\n")[0])
+        raise unwritable(folder, said) from error
 
 
 def _url(storage: str | None, folder: Path) -> str:
@@ -125,7 +145,7 @@ class _Sweep:
 
     plan: SweepPlan
     folder: Path
-    url: str
+    url: str = field(repr=False)
     command: tuple[str, ...]
     errors: list[BaseException] = field(default_factory=list)
     taking: threading.Lock = field(default_factory=threading.Lock)
@@ -306,11 +326,29 @@ def _storage(url: str) -> Any:
         try:
             with _quiet():
                 return optuna.storages.RDBStorage(url, engine_kwargs=wait, **settings)
-        except Exception:  # a kind of error for each database
-            if not left:
+        except Exception as error:  # a kind of error for each database
+            if left:
+                time.sleep(POLL)
+            elif url.startswith("sqlite"):
                 raise
-            time.sleep(POLL)
+            else:
+                raise _no_database(error) from None  # what the library says may hold the password
     raise AssertionError("the last try returns or raises")
+
+
+def _no_database(error: Exception) -> ConfigError:
+    """What to say when a shared storage cannot be opened; its address has a password, so it is not
+    shown.
+    """
+    kind, lines = type(error).__name__, without_secrets(str(error)).splitlines()
+    unreadable = isinstance(error, ValueError) or kind == "ArgumentError" or not lines
+    reason = "the address cannot be read" if unreadable else lines[0]
+    return ConfigError(
+        f"The sweep's storage cannot be opened ({kind}: {reason}). Check that the database is "
+        "there and takes this user, and the address: postgresql+psycopg://USER:PASSWORD@HOST:PORT/"
+        "NAME, with %40 for @, %3A for : and %2F for / in the password. Without storage the study "
+        "is the file study.db in the output folder."
+    )
 
 
 @contextlib.contextmanager

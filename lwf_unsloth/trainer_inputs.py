@@ -1,5 +1,6 @@
 """What the trainer was given, looked at before any work: kinds of arguments, ids of tokens."""
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from lwf_unsloth.batches import IGNORED
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import ConfigError, DataError, ModelError, TeacherError
 from lwf_unsloth.field_types import short
+from lwf_unsloth.whole_files import writing
 
 prepare()
 
@@ -45,6 +47,7 @@ def check_inputs(
         )
     if args is not None and not isinstance(args, LwFConfig):
         raise ConfigError(f"args is {_said(args)}, but it must be an LwFConfig(output_dir, ...).")
+    _check_output(args)
     if not any(hasattr(tokenizer, name) for name in ("eos_token_id", "tokenizer")):
         raise ModelError(
             f"processing_class is {_said(tokenizer)}, but it must be the tokenizer that load_model "
@@ -61,6 +64,20 @@ def check_inputs(
 
 def _said(value: Any) -> str:
     return f"{short(value)} ({type(value).__name__})"
+
+
+def _check_output(args: LwFConfig | None) -> None:
+    """Makes the run's folder, and tries it where checkpoints will be written: not hours later.
+
+    Raises:
+        DiskError: It may not be made or written.
+    """
+    if args is None or not args.should_save:
+        return
+    folder = Path(args.output_dir)
+    with writing(folder):
+        if args.save_strategy != "no" and not os.access(folder, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def _check_callbacks(callbacks: Any) -> None:

@@ -53,7 +53,7 @@ def write_whole(path: Path, data: bytes) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             new.unlink()
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # a full disk says no name
         raise
     sync_folder(path.parent)

@@ -101,6 +101,34 @@ def test_rows_that_are_written_again_keep_the_old_ones_beside_them_and_nothing_e
     assert (tmp_path / "rows.jsonl.old").read_bytes() == first
 
 
+def test_a_run_whose_folder_may_not_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    from lwf_unsloth.config import LwFConfig
+    from lwf_unsloth.trainer_inputs import _check_output
+
+    (tmp_path / "taken").write_text("a file")
+    config = LwFConfig(str(tmp_path / "taken" / "run"), bf16=False)
+    with pytest.raises(DiskError, match=r"taken.run' could not be written"):
+        _check_output(config)
+    config = LwFConfig(str(tmp_path / "run"), bf16=False, save_strategy="steps")
+    _check_output(config)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as on a disk that is read-only
+    with pytest.raises(DiskError, match=r"run' could not be written .*Permission denied"):
+        _check_output(config)
+    config.save_strategy = "no"
+    _check_output(config)
+
+
+def test_a_sweep_whose_database_finds_no_room_names_the_folder(tmp_path):
+    from lwf_unsloth.sweep import _told
+
+    said = "(sqlite3.OperationalError) database or disk is full\n[SQL: CREATE TABLE studies"
+    with pytest.raises(DiskError, match="disk is full.. Whole files") as told, _told(tmp_path):
+        raise RuntimeError(said)
+    assert str(tmp_path) in str(told.value) and "SQL:" not in str(told.value)
+    with pytest.raises(RuntimeError, match="something else"), _told(tmp_path):
+        raise RuntimeError("something else")
+
+
 def mountable():
     """Whether disks of their own can be mounted here."""
     if os.name != "posix" or os.geteuid():

@@ -101,6 +101,10 @@ class Writers:
     def checkpoint(self, disk, time):
         self._trained(disk / "run", 2 * time, lwf_cache="off")
 
+    def first_checkpoint(self, disk, time):
+        if time == 2:
+            self._trained(disk / "run", 2, lwf_cache="off")
+
     def cache(self, disk, time):
         run = self.home / f"run-{disk.name}"
         self._trained(run, 6 * time, save_strategy="no", lwf_cache_dir=str(disk))
@@ -137,6 +141,15 @@ class Writers:
         figure = Figure()
         figure.subplots().plot(range(500 * time))
         Chart(figure).save(disk / "charts" / "loss.png")
+
+    def comparison(self, disk, time):
+        from lwf_unsloth.comparison import Comparison
+
+        with mock.patch.multiple(
+            Comparison, to_dict=lambda self: {}, to_html=lambda self: "x" * 9000 * time,
+            to_markdown=lambda self: "x" * 9000 * time,
+        ):  # fmt: skip
+            Comparison.__new__(Comparison).save(disk / "compared")
 
     def sweep(self, disk, time):
         from lwf_unsloth.sweep import run_sweep
