@@ -8,6 +8,9 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -297,3 +300,61 @@ def test_a_sweep_keeps_no_token_since_it_takes_none(line: str, tmp_path) -> None
     with pytest.raises(ConfigError, match="HF_TOKEN") as refusal:
         read_sweep_file(tmp_path / "s.yaml")
     assert "CANARY" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    (
+        "postgresql+psycopg://user:CANARYpw@127.0.0.1:1/none",
+        "postgresql+psycopg://user:CANARY/pw@127.0.0.1:1/none",
+        "postgresql+psycopg://user:CANARY@pw@127.0.0.1:port/none",
+        "postgresql+none://user:CANARYpw@127.0.0.1/none",
+        "user:CANARYpw",
+    ),
+)
+def test_a_storage_that_is_not_there_is_told_without_its_password(url, monkeypatch) -> None:
+    from lwf_unsloth import sweep
+    from lwf_unsloth.errors import ConfigError
+
+    monkeypatch.setattr(sweep, "TRIES", 1)
+    with pytest.raises(ConfigError, match="cannot be opened") as refusal:
+        sweep._storage(url)
+    shown = "".join(traceback.format_exception(refusal.value))
+    assert "CANARY" not in shown and refusal.value.__suppress_context__
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_whole_run_shows_no_secret_and_asks_no_other_machine(tmp_path) -> None:
+    """Train, resume, compare, report, sweep and errors, in a network namespace without a way out;
+    where none can be made, by the sockets that Python opens alone."""
+    import closed_run
+
+    out, hook, asked = (tmp_path / name for name in ("out", "hook", "asked"))
+    out.mkdir()
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(closed_run.HOOK)
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    environment |= {
+        "HF_TOKEN": "hf_CANARYtoken0000000000000000001",
+        "HUGGING_FACE_HUB_TOKEN": "hf_CANARYhub000000000000000000002",
+        "WANDB_API_KEY": "CANARYwandb0000000000000000000003",
+        "CANARY_PASSWORD": "CANARYpw4",
+        "HF_HOME": str(tmp_path / "home"),
+        "LWF_ASKED": str(asked),
+        "PYTHONPATH": os.pathsep.join((str(hook), str(Path(__file__).parent))),
+    }
+    closed = shutil.which("unshare") and not subprocess.run(["unshare", "-rn", "true"]).returncode
+    command = [*(["unshare", "-rn"] if closed else []), sys.executable, closed_run.__file__]
+    given = {"env": environment, "cwd": out, "capture_output": True, "timeout": 280}
+    done = subprocess.run([*command, str(out)], **given)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert done.stdout.count(b"== ") == 6 and b"Traceback" in done.stderr
+    assert set(re.findall(r"'(\S+)'", asked.read_text())) >= {"huggingface.co"}, "the hook listens"
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"study.db", "trials.jsonl", "trainer_state.json"} <= {path.name for path in written}
+    for name, content in (
+        ("output", done.stdout + done.stderr),
+        *((p, p.read_bytes()) for p in written),
+    ):
+        assert b"CANARY" not in content, name
