@@ -5,10 +5,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lwf_unsloth.errors import DataError
-from lwf_unsloth.intervals import Interval
 from lwf_unsloth.result_table import ResultTable, Tabled, figure, span
 from lwf_unsloth.whole_files import write_whole_text
 
@@ -23,6 +22,14 @@ WORDS = {
     ("forgetting", "leak"): "general answers in the task's form gained",
 }
 """Objective and what it is measured by, in words."""
+
+
+class Range(NamedTuple):
+    """A number with its 95 % interval, as a trial has recorded it."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class TrialRecord:
         usual = {"gain": "nll", "forgetting": "kl"}
         return str(self.details.get("objectives", usual)[side])
 
-    def interval(self, side: str) -> Interval | None:
+    def interval(self, side: str) -> Range | None:
         """Gain or forgetting with its 95 % interval over the rows; None where it is not known.
 
         Args:
@@ -65,7 +72,7 @@ class TrialRecord:
         low, high = part["low"], part["high"]
         if not math.isclose(part["value"], value, abs_tol=1e-12):  # a fall that is a gain
             low, high = -high, -low
-        return Interval(value, low, high, part["se"], part["n"])
+        return Range(value, low, high)
 
     def train_file(self) -> str:
         """The trial's settings as a training file: YAML for `lwf-unsloth train`.

@@ -218,6 +218,11 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded_by(code) == set()
 
 
+def test_a_sweeps_own_process_loads_nothing_heavy() -> None:
+    """Each trial's does, and gives the memory back at its end."""
+    assert loaded_by("import lwf_unsloth.sweep, lwf_unsloth.trial") == set()
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_waits_for_a_person(name: str) -> None:
     asked = {"input", "getpass", "notebook_login", "interpreter_login", "breakpoint"}
