@@ -142,7 +142,7 @@ class Bench:
                 self.model,
                 self.tokenizer,
                 rows=4 if smoke else SELF_ROWS,
-                max_new_tokens=8 if smoke else 128,
+                max_new_tokens=48 if smoke else 128,
                 progress=False,
                 **more,
             )

@@ -6,10 +6,12 @@ of every test row, which paired intervals are made of, as strings: they are many
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock
 
 from benchmarks._forgetting_arms import Job, Row, key_of
@@ -35,6 +37,14 @@ def read_items(folder: Path = RESULTS) -> dict[str, dict[str, str]]:
     """Model and key -> name of a measure -> its values; empty where there is no file."""
     path = folder / f"{ITEMS}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process still works; one that has ended may wait for its parent."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 class Store:
@@ -70,16 +80,19 @@ class Store:
         with self.lock:
             rows = self.rows()
             done = {key_of(row) for row in rows if not row.get("error")}
-            claimed = {path.read_text() for path in self.scratch.glob("claim-*")}
-            finished = {path.read_text() for path in self.scratch.glob("end-*")}
+            claims = [path.read_text().split("|") for path in self.scratch.glob("claim-*")]
+            finished = {path.read_text().split("|")[0] for path in self.scratch.glob("end-*")}
+            claimed = {key for key, _ in claims}
             for job in wanted(rows):
                 if job.key not in done | claimed:
                     self._mark("claim", job)
                     return job, True
-        return None, bool(claimed - finished)
+        return None, any(key not in finished and _alive(int(pid)) for key, pid in claims)
 
     def _mark(self, kind: str, job: Job) -> None:
-        (self.scratch / f"{kind}-{job.key.replace(' ', '_')}").write_text(job.key)
+        (self.scratch / f"{kind}-{job.key.replace(' ', '_')}").write_text(
+            f"{job.key}|{os.getpid()}"
+        )
 
     def rows(self) -> list[Row]:
         """This model's rows with the same data, steps and rank."""

@@ -30,6 +30,8 @@ PLACES = ("--data", "--out", "--model-path")
 FIRST_SECONDS = 120.0
 """What a job is taken to need before one has been seen."""
 MARGIN = 1.15
+MOST_FAILED = 3
+"""Failures in a row after which a process ends: an error of the card spoils all that follow."""
 
 
 def work(options: argparse.Namespace, until: float) -> int:
@@ -56,7 +58,7 @@ def work(options: argparse.Namespace, until: float) -> int:
     store = Store(options.out, options.scratch, options.model, data.identity(), _settings(options))
     bench = Bench(options, data)
     skip = unavailable([field.name for field in fields(LwFConfig)])
-    longest, done = 0.0, 0
+    longest, done, failed = 0.0, 0, 0
 
     def wanted(rows: list[Row]) -> list[Job]:
         return plan(rows, options.seeds, options.arms, skip)
@@ -73,15 +75,17 @@ def work(options: argparse.Namespace, until: float) -> int:
             time.sleep(1.0)
             continue
         started = time.monotonic()
-        _one(bench, store, job)
+        failed = 0 if _one(bench, store, job) else failed + 1
         done += 1
+        if failed == MOST_FAILED:
+            raise SystemExit(f"{failed} jobs failed one after another: the process may be spoilt.")
         if job.arm != FROZEN:  # which trains nothing
             longest = max(longest, time.monotonic() - started)
     return done
 
 
-def _one(bench: Any, store: Store, job: Job) -> None:
-    """Runs a job and writes its rows; an exception becomes its row's "error"."""
+def _one(bench: Any, store: Store, job: Job) -> bool:
+    """Runs a job and writes its rows; an exception becomes its row's "error". True without one."""
     from benchmarks._steps import failure
 
     print(f"begin {job.key}", flush=True)
@@ -96,6 +100,7 @@ def _one(bench: Any, store: Store, job: Job) -> None:
     shown = ("new_score", "gain", "kl_general", "leak_rate", "seconds_train", "seconds_measure")
     for row in rows:
         print(f"end {row['arm']} {job.lr:g} {job.seed}", {k: row.get(k) for k in shown}, flush=True)
+    return bool(items)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -112,7 +117,12 @@ def spread(options: argparse.Namespace) -> int:
     runs = []
     for number in range(options.workers):
         limit = ["--limit-seconds", str(left - number * options.stagger)] if left else []
-        runs.append(subprocess.Popen([*command, *own, *limit]))
+        env = {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.workers)),
+            **os.environ,
+            "UNSLOTH_COMPILE_LOCATION": str(options.scratch / f"compiled{number}"),
+        }
+        runs.append(subprocess.Popen([*command, *own, *limit], env=env))
         time.sleep(options.stagger)
     return next((run.returncode for run in runs if run.wait()), 0)
 

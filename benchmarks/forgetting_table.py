@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._forgetting_arms import FROZEN, KINDS, NAMES, SEEDED, title_of
+from benchmarks._forgetting_arms import FROZEN, KINDS, NAMES, SEEDED, key_of, plan, title_of
 from benchmarks._forgetting_stats import (
     PREDICTORS,
     Group,
@@ -61,11 +61,21 @@ def section(result: Mapping[str, Any], items: Items, folder: Path, table: Any, s
         failed = [row for row in rows if row["model"] == model and row.get("error")]
         parts += [f"{row['arm']} at {row['lr']:g}: {row['error']}\n" for row in failed]
         parts.append(verdict(found, items))
+        parts.append(_left(rows, model, result["meta"].get("seed")))
         parts.append(_predicted(rows, model, table))
     for name, what in PICTURES.items():
         if (folder / f"{name}.png").is_file():
             parts.append(f"![{what}](results/{name}.png)\n")
     return "\n".join(part for part in parts if part) + source
+
+
+def _left(rows: Sequence[Mapping[str, Any]], model: str, seeds: Any) -> str:
+    """What was planned and not measured."""
+    mine: list[Any] = [row for row in rows if row["model"] == model]
+    done = {key_of(row) for row in mine}
+    wanted = plan(mine, seeds if isinstance(seeds, list) else [0], NAMES)
+    left = [f"{title_of(job.arm)} ({job.lr:g})" for job in wanted if job.key not in done]
+    return f"Planned, and not measured: {'; '.join(dict.fromkeys(left))}.\n" if left else ""
 
 
 def _ordered(found: Sequence[Group]) -> list[Group]:
