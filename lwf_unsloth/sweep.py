@@ -111,7 +111,7 @@ def run_sweep(
                     thread.join()
         if running.errors:
             raise running.errors[0]
-        return running.result()
+        return running.write()
 
 
 @contextlib.contextmanager
@@ -254,7 +254,7 @@ class _Sweep:
             if states(study) & {"WAITING"}:
                 run = functools.partial(self._objective, study=study, taken=taken)
                 study.optimize(run, n_trials=1, catch=(TrialFailed,))
-                self._write()
+                self.write()
                 return True
             self._requeue(study)
         left = states(study) & {"WAITING", "RUNNING"}
@@ -303,10 +303,12 @@ class _Sweep:
         """The ended trials of the study."""
         return SweepResult(self.plan.name, tuple(newest(self.study())))
 
-    def _write(self) -> None:
-        """Writes `trials.jsonl` anew, from the study, which is never behind it."""
+    def write(self) -> SweepResult:
+        """Writes `trials.jsonl` anew, from the study, which is never behind it; the trials."""
         with self.writing:
-            write_lines(self.folder / LINES, self.show().trials)
+            found = self.show()
+            write_lines(self.folder / LINES, found.trials)
+        return found
 
     def show(self) -> SweepResult:
         """Moves the bar to the trials that have ended, and gives them."""

@@ -260,6 +260,7 @@ def test_a_run_that_is_resumed_within_a_phase_is_the_undisturbed_one(make_traine
     assert all(lora(whole)[name].equal(p) for name, p in lora(again).items())
 
 
+@pytest.mark.slow
 def test_a_resume_may_go_up_in_rank_but_not_below_what_is_trained(make_trainer, tmp_path):
     make_trainer(save_strategy="steps", save_steps=3, rank_schedule=GROWING).train()
     kept = str(tmp_path / "run" / "checkpoint-3")

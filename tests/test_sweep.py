@@ -166,8 +166,11 @@ def test_failed_and_too_large_trials_are_recorded_with_their_reason_and_ignored_
     assert len(lines) == 6 and {x["state"] for x in lines} == {"complete", "failed", "skipped"}
     done = next(line for line in lines if line["state"] == "complete")
     assert done["gain"] == 0.5 and done["seed"] == 42 and "optuna" in done["versions"]
+    (place / "out" / "trials.jsonl").write_text('{"number": 0, "sta')
     again = swept(place, GRID.replace("{max_steps: 2}", special))
     assert len(ran(place, "begun")) == 6 and again == result, "what failed is not run again"
+    text = (place / "out" / "trials.jsonl").read_text()
+    assert [json.loads(x) for x in text.splitlines()] == lines, "a torn file is written anew"
 
 
 def test_another_plan_in_the_same_study_is_refused(place):
