@@ -85,6 +85,8 @@ class RunRecord:
             "rows a step": a_step,
         }
         self.same.update({name: getattr(args, name) for name in SAME if name not in self.same})
+        if not rows.n_rehearsal:
+            self.same["rehearsal_ratio"] = 0.0  # without rows it has no effect
         self.told = {name: _plain(getattr(args, name)) for name in TOLD}
         self.written = trainer.written
         """Hash of the file of rows that the model wrote itself; empty where there is none."""
