@@ -35,6 +35,10 @@ _PACKED = {
 }
 _CSV_NULLS = frozenset(("", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>"))
 _DELIMITERS = ",\t;|"
+MOST_BYTES = 2 << 30
+"""Bytes of the largest file, and of what a packed one may unpack to."""
+_ROW_BYTES = 64
+"""What a row takes at least, whatever it holds."""
 _LONG_LINE = 200  # characters; no one wraps text so late
 
 
@@ -293,6 +297,7 @@ def _read_parquet(data: bytes, name: str, expected: Collection[str]) -> RawTable
         twice = [column for column in wanted if columns.count(column) > 1]
         if twice:
             raise DataError(f"{name} has the column {twice[0]!r} twice. Rename one and save again.")
+        _check_unpacked(data, name, wanted)
         values: list[dict[str, Any]] = []
         for batch in file.iter_batches(columns=wanted):
             values += batch.to_pylist()
@@ -306,6 +311,45 @@ def _read_parquet(data: bytes, name: str, expected: Collection[str]) -> RawTable
         ) from None
     rows = [RawRow(number, value) for number, value in enumerate(values, start=1)]
     return RawTable(name, "parquet", rows, columns)
+
+
+def _check_unpacked(data: bytes, name: str, columns: list[str]) -> None:
+    """Refuses a parquet file that a few bytes unpack to more than memory holds: repeated values are
+    counted, not made. What the file's own header says of its size need not be true.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = 0
+    file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=columns)
+    for batch in file.iter_batches(batch_size=4096, columns=columns):
+        size += _ROW_BYTES * batch.num_rows + sum(map(_unpacked, batch.columns))
+        if size > MOST_BYTES:
+            raise too_large(name, "unpacks to more than")
+
+
+def _unpacked(column: Any) -> int:
+    """Bytes of a column's values, each repeated one counted anew."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kept = column.dictionary if isinstance(column, pa.DictionaryArray) else None
+    if (
+        kept is None
+        or not len(kept)
+        or not (pa.types.is_string(kept.type) or pa.types.is_large_string(kept.type))
+    ):
+        return int(column.nbytes)
+    lengths = pc.binary_length(kept).cast(pa.int64())
+    return int(pc.sum(lengths.take(column.indices)).as_py() or 0)
+
+
+def too_large(name: str, what: str) -> DataError:
+    """What to say of a file that is over the limit."""
+    return DataError(
+        f"{name} {what} {MOST_BYTES / 2**30:g} GiB: it would fill the memory of a small machine. "
+        "Take a part of it, in several files, or rows of a datasets.Dataset."
+    )
 
 
 def _read_paragraphs(text: str, name: str) -> RawTable:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from lwf_unsloth.backend import set_switches
 from lwf_unsloth.errors import DataError
-from lwf_unsloth.formats import RawRow, RawTable, read_bytes
+from lwf_unsloth.formats import MOST_BYTES, RawRow, RawTable, read_bytes, too_large
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 _NOT_DATA = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
@@ -181,6 +181,8 @@ def _not_found(path: Path) -> str:
 
 def _read_file(path: Path, name: str, wanted: Wanted) -> RawTable:
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise too_large(name, "has more than")
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None

@@ -245,6 +245,31 @@ def test_a_folder_with_a_loading_script_or_a_pickle_is_no_data(name: str, tmp_pa
     assert not mark.exists()
 
 
+def test_a_parquet_file_that_unpacks_to_more_than_memory_is_refused(tmp_path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lwf_unsloth.alpaca import load_alpaca
+    from lwf_unsloth.errors import DataError
+
+    one = pa.array(["x" * 1_000_000])
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), one)
+    pq.write_table(pa.table({"instruction": text, "output": text}), tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 1_000_000
+    with pytest.raises(DataError, match="unpacks to more than 2 GiB"):
+        load_alpaca(tmp_path / "bomb.parquet")
+
+
+def test_a_file_larger_than_the_limit_is_not_read(tmp_path) -> None:
+    from lwf_unsloth.alpaca import load_alpaca
+    from lwf_unsloth.errors import DataError
+
+    with (tmp_path / "rows.jsonl").open("wb") as file:
+        file.truncate(3 << 30)  # takes no room on the disk
+    with pytest.raises(DataError, match="has more than 2 GiB"):
+        load_alpaca(tmp_path / "rows.jsonl")
+
+
 # nothing leaves its folder ----------------------------------------------------------------------
 
 
@@ -313,12 +338,12 @@ def test_a_sweep_keeps_no_token_since_it_takes_none(line: str, tmp_path) -> None
     ),
 )
 def test_a_storage_that_is_not_there_is_told_without_its_password(url, monkeypatch) -> None:
-    from lwf_unsloth import sweep
+    from lwf_unsloth import sweep_storage
     from lwf_unsloth.errors import ConfigError
 
-    monkeypatch.setattr(sweep, "TRIES", 1)
+    monkeypatch.setattr(sweep_storage, "TRIES", 1)
     with pytest.raises(ConfigError, match="cannot be opened") as refusal:
-        sweep._storage(url)
+        sweep_storage.open_storage(url)
     shown = "".join(traceback.format_exception(refusal.value))
     assert "CANARY" not in shown and refusal.value.__suppress_context__
 
