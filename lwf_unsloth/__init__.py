@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .samples import sample_path
     from .scores import Scores
     from .scoring import score
-    from .sweep import run_sweep
+    from .sweep import read_sweep, run_sweep
     from .sweep_file import SweepPlan, read_sweep_file
     from .sweep_plot import plot_sweep
     from .sweep_result import SweepResult
@@ -102,6 +102,7 @@ _HOME = {
     "plot_recipes": "plots",
     "plot_sweep": "sweep_plot",
     "plot_training": "plots",
+    "read_sweep": "sweep",
     "read_sweep_file": "sweep_file",
     "run_sweep": "sweep",
     "sample_path": "samples",

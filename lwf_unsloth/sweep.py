@@ -15,7 +15,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +25,9 @@ from tqdm.auto import tqdm
 from lwf_unsloth.arguments import checked
 from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, LwfError
-from lwf_unsloth.secret_texts import without_secrets
 from lwf_unsloth.sweep_file import SweepPlan
 from lwf_unsloth.sweep_result import COMPLETE, SKIPPED, SweepResult, write_lines
+from lwf_unsloth.sweep_storage import open_storage, quiet, storage_url
 from lwf_unsloth.sweep_trials import covers, failed_slots, is_second, newest, settings, states
 from lwf_unsloth.trial_process import (
     Stopped,
@@ -43,10 +42,6 @@ from lwf_unsloth.whole_files import unwritable, writing
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "lwf_unsloth.trial")
-HEARTBEAT, GRACE = 10, 60
-"""Seconds between two signs of life of a trial, and without one until it counts as gone."""
-TRIES = 4
-"""Times that the storage is opened."""
 POLL = 1.0
 """Seconds between two looks at trials of other workers."""
 SQLITE = ("disk is full", "readonly database", "unable to open database", "disk I/O error")
@@ -93,7 +88,7 @@ def run_sweep(
     folder = Path(output).resolve()
     with _told(folder):
         (folder / "trials").mkdir(parents=True, exist_ok=True)
-        running = _Sweep(plan, folder, _url(storage, folder), tuple(command))
+        running = _Sweep(plan, folder, storage_url(storage, folder), tuple(command))
         running.begin(retry_failed)
         threads = [
             threading.Thread(target=running.work, args=(n,), daemon=True) for n in range(workers)
@@ -129,14 +124,17 @@ def _told(folder: Path) -> Iterator[None]:
         raise unwritable(folder, said) from error
 
 
-def _url(storage: str | None, folder: Path) -> str:
-    return storage or f"sqlite:///{folder / 'study.db'}"
-
-
+@checked()
 def read_sweep(plan: SweepPlan, output: str | Path, storage: str | None = None) -> SweepResult:
-    """The ended trials of a sweep so far, without running any."""
+    """The ended trials of a sweep so far, also while it runs, without running any.
+
+    Args:
+        plan: From `read_sweep_file`.
+        output: The sweep's folder.
+        storage: The database that it was given, if any.
+    """
     folder = Path(output).resolve()
-    return _Sweep(plan, folder, _url(storage, folder), COMMAND).result()
+    return _Sweep(plan, folder, storage_url(storage, folder), COMMAND).result()
 
 
 @dataclass
@@ -163,7 +161,7 @@ class _Sweep:
         grid = self.plan.trials is None
         choose = optuna.samplers.RandomSampler if grid else optuna.samplers.TPESampler
         return optuna.create_study(
-            storage=_storage(self.url),
+            storage=open_storage(self.url),
             study_name=self.plan.name,
             directions=["maximize", "minimize"],
             sampler=choose(seed=self.plan.seed + seed),
@@ -184,7 +182,7 @@ class _Sweep:
             self._check()
             study.set_user_attr("digest", self.plan.digest)
             study.set_user_attr("objectives", [self.plan.evaluate[k] for k in OBJECTIVES])
-            with _quiet():  # optuna-dashboard shows them on its axes
+            with quiet():  # optuna-dashboard shows them on its axes
                 study.set_metric_names(list(OBJECTIVES))
         self._requeue(study, again=retry_failed)
 
@@ -209,7 +207,7 @@ class _Sweep:
         """
         import optuna
 
-        with _quiet():
+        with quiet():
             optuna.storages.fail_stale_trials(study)
         for trial in study.get_trials(deepcopy=False):
             if trial.state.name == "RUNNING" and is_gone(trial):
@@ -316,51 +314,6 @@ class _Sweep:
         if self.bar is not None:
             self.bar.update(len(found.trials) - self.bar.n)
         return found
-
-
-def _storage(url: str) -> Any:
-    """The storage; two workers that make its tables at the same moment hinder each other once."""
-    import optuna
-
-    wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    settings: dict[str, Any] = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE}
-    for left in reversed(range(TRIES)):
-        try:
-            with _quiet():
-                return optuna.storages.RDBStorage(url, engine_kwargs=wait, **settings)
-        except Exception as error:  # a kind of error for each database
-            if left:
-                time.sleep(POLL)
-            elif url.startswith("sqlite"):
-                raise
-            else:
-                raise _no_database(error) from None  # what the library says may hold the password
-    raise AssertionError("the last try returns or raises")
-
-
-def _no_database(error: Exception) -> ConfigError:
-    """What to say when a shared storage cannot be opened; its address has a password, so it is not
-    shown.
-    """
-    kind, lines = type(error).__name__, without_secrets(str(error)).splitlines()
-    unreadable = isinstance(error, ValueError) or kind == "ArgumentError" or not lines
-    reason = "the address cannot be read" if unreadable else lines[0]
-    return ConfigError(
-        f"The sweep's storage cannot be opened ({kind}: {reason}). Check that the database is "
-        "there and takes this user, and the address: postgresql+psycopg://USER:PASSWORD@HOST:PORT/"
-        "NAME, with %40 for @, %3A for : and %2F for / in the password. Without storage the study "
-        "is the file study.db in the output folder."
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's warnings that a part of it is experimental."""
-    import optuna
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
 
 
 class _Hold:

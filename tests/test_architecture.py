@@ -35,7 +35,7 @@ eval_sets evaluation adapter_dial best_adapter
 diagnosis facts loss_curve advice comparison
 forgetting recipes plots
 instruction_checks skill_data harness_lm task_score benchmark_scores harness
-train_file sweep_file sweep_result sweep_plot trial trial_process sweep_trials sweep
+train_file sweep_file sweep_result sweep_plot trial trial_process sweep_trials sweep_storage sweep
 panel_code panel_work panel_session panel_parts widgets
 demo_view demo_data demo cli __main__
 """.split()
@@ -48,7 +48,7 @@ BORDERS = {
     "matplotlib": {"plots", "sweep_plot"},
     "ipywidgets": {"panel_parts", "widgets"},
     "typer": {"cli"},
-    "optuna": {"sweep"},
+    "optuna": {"sweep", "sweep_storage"},
     "lm_eval": {"harness_lm", "harness"},
 }
 LONGEST = 400  # lines; 300 is the aim

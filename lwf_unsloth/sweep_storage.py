@@ -1,0 +1,66 @@
+"""Where the study of a sweep is kept: a file, or a database that several machines share."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.secret_texts import without_secrets
+
+HEARTBEAT, GRACE = 10, 60
+"""Seconds between two signs of life of a trial, and without one until it counts as gone."""
+TRIES, PAUSE = 4, 1.0
+"""Times that the storage is opened, and seconds between them."""
+
+
+def storage_url(storage: str | None, folder: Path) -> str:
+    """The address that was given, or that of the file in the sweep's folder."""
+    return storage or f"sqlite:///{folder / 'study.db'}"
+
+
+def open_storage(url: str) -> Any:
+    """The storage; two workers that make its tables at the same moment hinder each other once."""
+    import optuna
+
+    wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    settings: dict[str, Any] = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE}
+    for left in reversed(range(TRIES)):
+        try:
+            with quiet():
+                return optuna.storages.RDBStorage(url, engine_kwargs=wait, **settings)
+        except Exception as error:  # a kind of error for each database
+            if left:
+                time.sleep(PAUSE)
+            elif url.startswith("sqlite"):
+                raise
+            else:
+                raise _no_database(error) from None  # what the library says may hold the password
+    raise AssertionError("the last try returns or raises")
+
+
+def _no_database(error: Exception) -> ConfigError:
+    """What to say when a shared storage cannot be opened; its address has a password, so it is not
+    shown.
+    """
+    kind, lines = type(error).__name__, without_secrets(str(error)).splitlines()
+    unreadable = isinstance(error, ValueError) or kind == "ArgumentError" or not lines
+    reason = "the address cannot be read" if unreadable else lines[0]
+    return ConfigError(
+        f"The sweep's storage cannot be opened ({kind}: {reason}). Check that the database is "
+        "there and takes this user, and the address: postgresql+psycopg://USER:PASSWORD@HOST:PORT/"
+        "NAME, with %40 for @, %3A for : and %2F for / in the password. Without storage the study "
+        "is the file study.db in the output folder."
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Optuna's warnings that a part of it is experimental."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
