@@ -260,6 +260,30 @@ def test_a_parquet_file_that_unpacks_to_more_than_memory_is_refused(tmp_path) ->
         load_alpaca(tmp_path / "bomb.parquet")
 
 
+def test_counting_what_parquet_unpacks_to_takes_every_type() -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lwf_unsloth.formats import read_bytes
+
+    kinds = {
+        "a": [["x"], None],
+        "b": [1, 2],
+        "c": [{"d": 1}] * 2,
+        "e": [b"x", None],
+        "f": [None] * 2,
+    }
+    kinds |= {
+        "g": pa.array(["x", "y"]).dictionary_encode(),
+        "h": pa.array(["x", None], pa.large_string()),
+    }
+    made = io.BytesIO()
+    pq.write_table(pa.table(kinds), made)
+    for names in (list(kinds), ["g"], ["a"], ["h", "b"]):
+        rows = read_bytes(made.getvalue(), "rows.parquet", expected=names).rows
+        assert [sorted(row.value) for row in rows] == [sorted(names)] * 2
+
+
 def test_a_file_larger_than_the_limit_is_not_read(tmp_path) -> None:
     from lwf_unsloth.alpaca import load_alpaca
     from lwf_unsloth.errors import DataError
