@@ -1,5 +1,6 @@
 """compare(): what it refuses, what it shows, and that model text never becomes markup."""
 
+import errno
 import json
 import os
 import re
@@ -228,7 +229,7 @@ def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
     old = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(comparison_file.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
