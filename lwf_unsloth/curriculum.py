@@ -32,8 +32,8 @@ from transformers import TrainerCallback  # noqa: E402
 SIDE = re.compile(r"\.lora_(?:embedding_)?(A|B)(?:\.|$)")
 ADAM = re.compile(r"(Paged)?AdamW?(8bit|32bit)?")
 """Optimizers that correct the averages of a tensor by its number of steps."""
-IN_BACKWARD = ("lomo", "layerwise")
-"""Optimizers that move a tensor within the backward pass, before its gradient can be masked."""
+ELSEWHERE = ("lomo", "layerwise", "schedule_free")
+"""Optimizers that move a tensor within the backward pass, or keep a second copy of it."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ class Curriculum(TrainerCallback):
         self._kept: list[_Kept] = []
         if self.ranks is None and self.freezes is None:
             return
-        if any(word in str(getattr(args.optim, "value", args.optim)) for word in IN_BACKWARD):
+        if any(word in str(getattr(args.optim, "value", args.optim)) for word in ELSEWHERE):
             raise ConfigError(
-                f"optim is {args.optim!r}, which moves the weights while gradients are computed: "
-                "what a phase holds still could not be held. Take another, such as adamw_torch."
+                f"optim is {args.optim!r}, which moves weights while gradients are computed or keeps "
+                "a second copy of them: what a phase holds still could not be held. Take another, "
+                "such as adamw_torch."
             )
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if self.ranks is not None:
