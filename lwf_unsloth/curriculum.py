@@ -80,9 +80,9 @@ class Curriculum(TrainerCallback):
             return
         if any(word in str(getattr(args.optim, "value", args.optim)) for word in ELSEWHERE):
             raise ConfigError(
-                f"optim is {args.optim!r}, which moves weights while gradients are computed or keeps "
-                "a second copy of them: what a phase holds still could not be held. Take another, "
-                "such as adamw_torch."
+                f"optim is {args.optim!r}, which moves weights while gradients are computed, or "
+                "keeps a second copy of them: what a phase holds still could not be held. Take "
+                "another, such as adamw_torch."
             )
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if self.ranks is not None:
