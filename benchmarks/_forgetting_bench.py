@@ -6,12 +6,12 @@ a fresh load (tests/test_forgetting_benchmark.py).
 
 import argparse
 import gc
-import math
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks._adapters import fresh
 from benchmarks._forgetting_arms import DIALS, FAMILIES, FROZEN, Job, Row, scaled, settings_of
 from benchmarks._forgetting_store import packed
 from benchmarks._sql_task import LEAK, TASK, Data, exact_sql
@@ -35,19 +35,6 @@ TASK_TOKENS, GENERAL_TOKENS = 64, 64
 """Most tokens of an answer: a query (the longest has 58), and the start of a general answer."""
 SELF_ROWS = 200
 Items = dict[str, dict[str, str]]
-
-
-def fresh(model: Any, seed: int) -> None:
-    """Fills the adapter as PEFT begins one (A uniform in 1 / sqrt(inputs), B zero), from a seed."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in sorted(model.named_parameters()):
-            if "lora_B" in name:
-                tensor.zero_()
-            elif "lora_A" in name:
-                bound = 1 / math.sqrt(tensor.shape[1])  # kaiming_uniform_ at a = sqrt(5)
-                values = torch.empty(tensor.shape).uniform_(-bound, bound, generator=draw)
-                tensor.copy_(values)
 
 
 class Bench:
@@ -161,12 +148,18 @@ class Bench:
         web = score(self.model, self.tokenizer, data.web, batch_size=size) if data.web else None
         right, ended = self._answers()
         leaks, ended_general = self._leaks()
-        assert task.row_base_nll and task.row_kl and general.row_base_nll and general.row_kl
+        assert (
+            task.base_nll is not None
+            and task.row_base_nll
+            and task.row_kl
+            and general.row_base_nll
+            and general.row_kl
+        )
         row = {
             "new_score": _mean(right),
             "new_nll_base": task.base_nll,
             "new_nll": task.nll,
-            "gain": None if task.rise is None else -task.rise,
+            "gain": task.base_nll - task.nll,
             "kl_task": task.kl,
             "kl_general": general.kl,
             "nll_general_base": general.base_nll,

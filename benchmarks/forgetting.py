@@ -113,7 +113,7 @@ def spread(options: argparse.Namespace) -> int:
     """Starts the workers and waits for them; the first one's exit code that is not 0."""
     command = [sys.executable, "-m", "benchmarks.forgetting", *sys.argv[1:]]
     left = options.limit_seconds - 2 if options.limit_seconds else 0
-    own = ["--scratch", str(options.scratch), "--workers", "1"]
+    own = ["--scratch", str(options.scratch)]
     runs = []
     for number in range(options.workers):
         limit = ["--limit-seconds", str(left - number * options.stagger)] if left else []
@@ -187,8 +187,8 @@ def main() -> int:
             raise SystemExit("--smoke writes no results of the project's: give --out FOLDER.")
     until = started + (options.limit_seconds or float("inf"))
     with tempfile.TemporaryDirectory(prefix="lwf-forgetting-run-") as scratch:
-        options.scratch = options.scratch or Path(scratch)
-        if options.workers > 1:
+        alone, options.scratch = options.scratch is None, options.scratch or Path(scratch)
+        if alone and options.workers > 1:
             return spread(options)
         sys.argv = [sys.argv[0], *_public(sys.argv[1:])]  # what the result's meta shows
         work(options, until)

@@ -11,7 +11,6 @@ instructions that nothing trains on, code rows. Writes benchmarks/results/self_r
 
 import argparse
 import json
-import math
 import tempfile
 import time
 import traceback
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks._adapters import fresh
 from benchmarks._results import RESULTS, write_result
 from lwf_unsloth.backend import on_cuda, prepare
 
@@ -100,15 +100,7 @@ class Bench:
 
     def fresh(self, seed: int) -> None:
         """The adapter as PEFT makes it, from a seed."""
-        draw = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, tensor in sorted(self.model.named_parameters()):
-                if "lora_B" in name:
-                    tensor.zero_()
-                elif "lora_A" in name:
-                    bound = 1 / math.sqrt(tensor.shape[1])  # kaiming_uniform_ at a = sqrt(5)
-                    values = torch.empty(tensor.shape).uniform_(-bound, bound, generator=draw)
-                    tensor.copy_(values)
+        fresh(self.model, seed)
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """The adapter as it stood when `trained_tensors` copied it."""

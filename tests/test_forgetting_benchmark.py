@@ -198,6 +198,8 @@ def test_a_killed_run_goes_on_and_ends_with_every_arm_measured_once(options, mon
 
     monkeypatch.setattr(arms, "LADDER", arms.LADDER[:1])
     monkeypatch.setattr(arms, "ALWAYS", 1)
+    written = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(4)]
+    monkeypatch.setattr(_forgetting_bench, "self_rehearsal", lambda *args, **more: written)
     ran = []
     run = _forgetting_bench.Bench.run
 
