@@ -167,12 +167,12 @@ def _fields(
             return {}, f"{column!r} is {error}, not text"
         except UnicodeEncodeError:
             return {}, f"{column!r} has half a surrogate pair, which is no valid text"
-        if not text.strip() and name in required:
+        if _is_blank(text) and name in required:
             return (
                 {},
                 f"{column!r} is empty or null" if column in value else f"{column!r} is missing",
             )
-        fields[name] = text if text.strip() else ""
+        fields[name] = "" if _is_blank(text) else text
         converted = converted or was_number
     if value.get("whole") is False:  # written by the model and cut: it must get no EOS
         fields["whole"] = False
@@ -184,6 +184,11 @@ def _fields(
     if converted:
         report.converted.append(raw.number)
     return fields, ""
+
+
+def _is_blank(text: str) -> bool:
+    """Whether there is nothing to read: white space, zero-width and direction marks alone."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
 
 
 def as_text(value: object) -> tuple[str, bool]:
