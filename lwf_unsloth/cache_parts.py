@@ -236,12 +236,21 @@ class PartStore:
     # ------------------------------------------------------------------ writing
 
     def add(self, key: str, row: Row) -> None:
-        """Keeps a row: in memory at once, on disk when its part is full. Known rows stay."""
+        """`add_all` of one row."""
+        self.add_all({key: row})
+
+    def add_all(self, rows: dict[str, Row]) -> None:
+        """Keeps rows: in memory at once, on disk when their part is full. Known rows stay.
+
+        Rows that were computed together share a part, so that a crash loses all of them or none:
+        computed again they have the same shape, and with it the same rounding.
+        """
         self._settle(IN_FLIGHT)
-        if not self.writes or key in self:
+        new = {key: row for key, row in rows.items() if key not in self}
+        if not self.writes or not new:
             return
-        self._pending[key] = row
-        self._buffer.append(key)
+        self._pending.update(new)
+        self._buffer.extend(new)
         size = sum(_bytes(self._pending[k]) for k in self._buffer)
         if len(self._buffer) >= PART_ROWS or size >= PART_BYTES:
             self._submit()

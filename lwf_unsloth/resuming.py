@@ -126,6 +126,8 @@ class Resuming(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As the Trainer's; older ones are removed when the new one is whole."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.flush()
         wait = self.accelerator.wait_for_everyone
         with saving(self.args, self.state, folder, wait):
             super()._save_checkpoint(model, trial)

@@ -143,12 +143,16 @@ class CachedTeacher:
             )
             self._rest = [0.0, 0.0]
 
+    def flush(self) -> None:
+        """Writes what is in memory: a run that is resumed from here on reads what this one read."""
+        if self._store is not None:
+            self._harvest()
+            self._store.flush()
+
     def share(self) -> None:
         """Writes what is in memory; when all processes have, each knows the others' rows."""
         with together("write the teacher cache"):
-            if self._store is not None:
-                self._harvest()
-                self._store.flush()
+            self.flush()
         if self._store is not None:
             self._store.look()
 
@@ -266,12 +270,14 @@ class CachedTeacher:
         for part in late:
             if part.event is not None:
                 part.event.synchronize()
+            rows: dict[str, Row] = {}
             for n, (key, length) in enumerate(zip(part.keys, part.lengths, strict=True)):
                 own = slice(n * part.width, n * part.width + length)
                 if self.mode == "topk":
                     self._rest[0] += float(part.block["tail"][own].double().exp().sum())
                     self._rest[1] += length
-                self.store.add(key, {name: t[own].clone() for name, t in part.block.items()})
+                rows[key] = {name: t[own].clone() for name, t in part.block.items()}
+            self.store.add_all(rows)
 
 
 def _select(tensor: Tensor, places: Tensor) -> Tensor:

@@ -183,6 +183,30 @@ def test_a_full_disk_says_which_file(tmp_path, monkeypatch):
     assert list(Path(tmp_path).iterdir()) == []
 
 
+def test_a_killed_run_with_a_cache_and_several_rows_a_batch_ends_bit_for_bit(
+    make_trainer, tmp_path
+):
+    from lwf_unsloth.teacher import trained_tensors
+
+    run = {**STEPS, "max_steps": 12, "lwf_cache": "hidden", "rehearsal_ratio": 0.5}
+    folder, kept = tmp_path / "run", tmp_path / "kept"
+
+    def keep(args, state, control, **kwargs):  # what the disk holds when it is killed there
+        if state.global_step == 2:
+            shutil.copytree(folder, kept)
+
+    whole = make_trainer(task=12, rehearsal=12, **run)
+    whole.guard.on_save = keep
+    whole.train()
+    wanted = {name: value.clone() for name, value in trained_tensors(whole.model).items()}
+    shutil.rmtree(folder)
+    kept.rename(folder)
+    again = make_trainer(task=12, rehearsal=12, **run)
+    again.train(resume_from_checkpoint=True)
+    for name, value in trained_tensors(again.model).items():
+        assert torch.equal(value, wanted[name]), name
+
+
 @pytest.mark.slow
 def test_processes_killed_at_random_moments_end_as_if_nothing_had_been(tmp_path):
     from campaigns.kill import campaign

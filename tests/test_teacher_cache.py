@@ -61,6 +61,17 @@ def test_large_rows_close_a_part_early(tmp_path, monkeypatch):
     assert len(parts(tmp_path)) == 2
 
 
+def test_rows_that_were_computed_together_are_in_one_part(tmp_path, monkeypatch):
+    monkeypatch.setattr("lwf_unsloth.cache_parts.PART_ROWS", 2)
+    store = reopened(tmp_path)
+    for first in (0, 3):
+        store.add_all({f"key{n}": row(n) for n in range(first, first + 3)})
+    store.add_all({"key5": row(0)})
+    store.flush()
+    assert len(parts(tmp_path)) == 2 and len(store) == 6
+    assert torch.equal(store.get("key5")["hidden"], row(5)["hidden"]), "the known row stays"
+
+
 CRASH = """
 import os, sys, torch
 from pathlib import Path
