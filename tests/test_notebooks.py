@@ -45,6 +45,20 @@ LEFT = {
     "05_sweep": ("trials.jsonl", "sweep.json", "trade_off.png", "trade_off.svg", "best.yaml"),
 }
 """What each notebook leaves in its OUTPUT."""
+WANDB = """
+import os
+from types import SimpleNamespace
+
+__version__ = "0.22.0"
+run, util, sdk = None, SimpleNamespace(), SimpleNamespace()
+
+def init(*args, **kwargs):
+    open(os.environ["WANDB_ASKED"], "w").close()
+    raise RuntimeError(f"api_key not configured (no-tty), {input('wandb: Enter your choice: ')}")
+
+login = log = watch = init
+"""
+"""A wandb that is installed and that nobody is logged in to: using it asks on standard input."""
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +131,16 @@ def test_the_address_fills_badge_and_clone_line_and_nothing_stands_there_without
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_runs_from_top_to_bottom(path, tmp_path):
-    """With small settings, standard input closed and no CI variable to lean on."""
+def test_the_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    """With small settings, standard input closed, and a wandb that nobody is logged in to."""
     import papermill
+
+    (tmp_path / "packages" / "wandb").mkdir(parents=True)
+    (tmp_path / "packages" / "wandb" / "__init__.py").write_text(WANDB, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("WANDB_ASKED", str(tmp_path / "asked"))
+    for name in ("CI", "WANDB_DISABLED", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
 
     parameters = {**SMALL[path.stem], "OUTPUT": str(tmp_path / "run")}
     done = tmp_path / path.name
@@ -129,6 +150,7 @@ def test_the_notebook_runs_from_top_to_bottom(path, tmp_path):
         papermill.execute_notebook(path, done, parameters=parameters, kernel_name="python3")
     finally:
         os.chdir(here)
+    assert not (tmp_path / "asked").exists()
     outputs = [out for cell in code_cells(done) for out in cell.outputs]
     assert any("<table" in out.get("data", {}).get("text/html", "") for out in outputs)
     for name in LEFT[path.stem]:
