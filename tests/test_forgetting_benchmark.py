@@ -117,6 +117,50 @@ def test_every_arm_has_settings_that_the_library_takes(tmp_path):
     )
 
 
+def test_processes_share_the_jobs_and_wait_for_no_dead_one(tmp_path):
+    from benchmarks._forgetting_store import Store
+
+    settings = {"steps": 2, "rank": 4, "seeds": [0]}
+    jobs = [arms.Job("frozen"), arms.Job("ours", 1e-3)]
+    one, other = (Store(tmp_path / "out", tmp_path, "m", "d", settings) for _ in range(2))
+    assert one.take(lambda rows: jobs) == (jobs[0], True)
+    assert other.take(lambda rows: jobs) == (jobs[1], True)
+    assert one.take(lambda rows: jobs) == (None, True), "this process is at work on both"
+    one.end(jobs[0])
+    claim = next(tmp_path.glob("claim-ours*"))
+    claim.write_text(f"{jobs[1].key}|{2**22 + 1}")
+    assert other.take(lambda rows: jobs) == (None, False), "no such process: nothing comes of it"
+
+
+def test_rows_are_kept_beside_other_models_and_replaced_by_key_and_measured_anew_on_other_data(
+    tmp_path, monkeypatch
+):
+    from benchmarks import _forgetting_store as kept
+
+    monkeypatch.setattr(kept, "RESULTS", tmp_path / "none")
+    settings = {"steps": 2, "rank": 4, "seeds": [0]}
+
+    def store(model, data, run):
+        (tmp_path / run).mkdir(exist_ok=True)
+        return kept.Store(tmp_path / "out", tmp_path / run, model, data, settings)
+
+    frozen = {"arm": "frozen", "lr": 0.0, "seed": 0}
+    store("m", "d", "1").add([{**frozen, "new_score": 0.1}], {"frozen 0 0": {"right": "10"}})
+    store("n", "d", "1").add([{**frozen, "new_score": 0.2}], {})
+    store("m", "d", "2").add([{**frozen, "error": "NaN"}], {})
+    rows = read(tmp_path / "out")["rows"]
+    assert [(r["model"], r.get("new_score"), r.get("error")) for r in rows] == [
+        ("n", 0.2, None),
+        ("m", None, "NaN"),
+    ]
+    assert "commit" in rows[0] and "commit" not in rows[1], "an earlier run's row says whose it is"
+    again = store("m", "d", "3")
+    assert again.take(lambda rows: [arms.Job("frozen")])[0], "what failed is tried again"
+    assert store("m", "other", "4").rows() == []
+    assert kept.read_items(tmp_path / "out") == {"m frozen 0 0": {"right": "10"}}
+    assert kept.unpacked(kept.packed([0.1234, -2.0])) == [0.123, -2.0]
+
+
 # --------------------------------------------------------------------- a tiny model
 
 
@@ -180,6 +224,7 @@ def figures(found):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # where other processes share the cores
 def test_an_adapter_begun_anew_on_a_loaded_base_gives_what_a_fresh_load_gives(bench):
     first = bench()
     job = arms.Job("ours", 5e-2, 1)
@@ -193,6 +238,7 @@ def test_an_adapter_begun_anew_on_a_loaded_base_gives_what_a_fresh_load_gives(be
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_and_ends_with_every_arm_measured_once(options, monkeypatch):
     from benchmarks import _forgetting_bench
 
