@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from lwf_unsloth.answer_scores import Metric, metric_value, usual_metric
@@ -76,6 +77,11 @@ def ready_sets(
         str(name): rows if isinstance(rows, EvalSet) else EvalSet(rows)
         for name, rows in sets.items()
     }
+    if len(whole) < len(sets):
+        raise DataError(
+            f"Two of the sets {list(sets)} have one name as text: results go by name, so one of "
+            "them would be lost. Name them apart."
+        )
     tasks = [next(iter(whole))] if task is None else [task] if isinstance(task, str) else list(task)
     unknown = [name for name in tasks if name not in whole]
     if unknown:
@@ -106,6 +112,11 @@ def checked_rows(given: Any, what: str) -> list[Mapping[str, Any]]:
     Raises:
         DataError: One is neither; told before any model work, with its place and its set.
     """
+    if isinstance(given, (str, bytes, PurePath)):
+        raise DataError(
+            f"The {what} are {str(given)[:200]!r}, a name and no rows: files are read by "
+            'load_alpaca(file, test_size=None)["train"], passages by load_text.'
+        )
     rows = list(as_rows(given, what))
     for number, row in enumerate(rows, 1):
         try:
@@ -134,6 +145,11 @@ def _ready(
     wanted = (kind == "task" or with_leak) if given.answers is None else given.answers
     asked = _spaced(prompts, answers_limit) if wanted and answers_limit else []
     right_by, metric = "", given.metric
+    if metric is not None and not callable(metric):
+        raise ConfigError(
+            f"metric of set {name!r} is {metric!r}; it is a function from an answer and its row to "
+            "a number, or None for the usual one."
+        )
     if metric is not None:
         right_by = str(getattr(metric, "__name__", "metric")).replace("_", " ")
         if asked:  # what fails would else do so after all the scoring

@@ -117,6 +117,11 @@ def evaluate(
         size = batch_size or (32 if on_cuda() else 8)
         scored = _score_all(ready, model, tokenizer, max_length, size, base)
         notes += [note for one in ready for note in _unscored(one, scored[one.name])]
+        if any(one.settings.get("adapter") == "off" for one in scored.values()):
+            notes.append(
+                "The adapter is switched off, so the tuned model is the base: nothing learned is "
+                "measured. Switch it on: model.enable_adapter_layers()."
+            )
         written = _answers(model, tokenizer, ready, base, max_new_tokens, batch_size)
     if leak == LEARNED:
         form, told = _learn(ready, written, train_rows)

@@ -402,3 +402,29 @@ def test_what_cannot_be_measured_is_refused_in_words(tiny_peft, change, error, t
     arguments = {"sets": {"a": TEXTS}, **change}
     with pytest.raises(error, match=told):
         evaluate(model, tokenizer, **arguments)
+
+
+def test_a_file_as_a_set_is_told_how_to_be_read(tiny_peft, tmp_path):
+    for given in ("rows.jsonl", tmp_path / "rows.jsonl"):
+        with pytest.raises(DataError, match=r"rows\.jsonl', a name and no rows.*load_alpaca"):
+            evaluate(*tiny_peft(), {"a": given})
+
+
+def test_no_set_is_lost_to_another_of_the_same_name(tiny_peft, alpaca_rows):
+    with pytest.raises(DataError, match="one name as text"):
+        evaluate(*tiny_peft(), {"1": alpaca_rows(2), 1: alpaca_rows(3)})
+
+
+def test_an_adapter_that_is_switched_off_is_told(tiny_peft, alpaca_rows):
+    model, tokenizer = tiny_peft()
+    model.disable_adapter_layers()
+    notes = evaluate(model, tokenizer, {"a": alpaca_rows(2)}, answers=False).notes
+    assert any("adapter is switched off" in note for note in notes)
+    model.enable_adapter_layers()
+    notes = evaluate(model, tokenizer, {"a": alpaca_rows(2)}, answers=False).notes
+    assert not any("switched off" in note for note in notes)
+
+
+def test_a_metric_that_is_no_function_is_refused(tiny_peft, alpaca_rows):
+    with pytest.raises(ConfigError, match="metric of set 'a' is 'em'"):
+        evaluate(*tiny_peft(), {"a": EvalSet(alpaca_rows(2), metric="em")})
