@@ -11,8 +11,8 @@ QUICK = {"any_bytes", "arguments_of_the_loaders", "mixing", "training_files", "s
 
 @pytest.mark.parametrize("laws", [QUICK, {"settings_of_any_value", "templates_and_encoding"}])
 def test_a_short_campaign_finds_no_crash_and_no_silent_loss(laws):
-    found = fuzz.campaign(400, laws)
-    assert found["wrong"] == [] and found["cases"] > 60 and found["refused"] > 0
+    found = fuzz.campaign(150, laws)
+    assert found["wrong"] == [] and found["cases"] > 20 and found["refused"] > 0
 
 
 def test_the_campaign_finds_a_row_that_is_lost_and_an_error_of_a_library(monkeypatch):

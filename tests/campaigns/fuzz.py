@@ -46,6 +46,16 @@ FORMS = ["list", "json", "jsonl", "csv", "parquet", "dataset", "frame"]
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1", "cp1252", "shift_jis"]
 
 
+def cases(**strategies):
+    """Marks a law with what its cases are drawn from."""
+
+    def mark(law):
+        law.drawn = strategies
+        return law
+
+    return mark
+
+
 class SilentLoss(AssertionError):
     """Rows went in that neither came out nor were named."""
 
@@ -100,7 +110,7 @@ def as_source(rows, form):
         return None, False
 
 
-@given(
+@cases(
     rows=ROWS,
     form=st.sampled_from(FORMS),
     text=st.booleans(),
@@ -123,7 +133,7 @@ def rows_in_any_form(rows, form, text, options):
     balance(data, len(rows) if counted and form in ("list", "json") and not text else None)
 
 
-@given(rows=ROWS, encoding=st.sampled_from(ENCODINGS), cut=st.integers(0, 60), more=st.binary())
+@cases(rows=ROWS, encoding=st.sampled_from(ENCODINGS), cut=st.integers(0, 60), more=st.binary())
 def damaged_files(rows, encoding, cut, more):
     from lwf_unsloth import load_alpaca
 
@@ -131,14 +141,14 @@ def damaged_files(rows, encoding, cut, more):
     balance(load_alpaca(said[: max(0, len(said) - cut)] + more[:4], test_size=None))
 
 
-@given(content=st.binary(max_size=80), text=st.booleans())
+@cases(content=st.binary(max_size=80), text=st.booleans())
 def any_bytes(content, text):
     from lwf_unsloth import load_alpaca, load_text
 
     balance((load_text if text else load_alpaca)(content, test_size=0.5))
 
 
-@given(values=st.lists(VALUES, min_size=8, max_size=8), name=st.integers(0, 7))
+@cases(values=st.lists(VALUES, min_size=8, max_size=8), name=st.integers(0, 7))
 def arguments_of_the_loaders(values, name):
     from lwf_unsloth import load_alpaca
 
@@ -147,7 +157,7 @@ def arguments_of_the_loaders(values, name):
     balance(load_alpaca(**{"source": rows, names[name]: values[name]}))
 
 
-@given(n=st.integers(0, 60), m=st.integers(0, 30), ratio=VALUES | st.floats(0, 1), seed=VALUES)
+@cases(n=st.integers(0, 60), m=st.integers(0, 30), ratio=VALUES | st.floats(0, 1), seed=VALUES)
 def mixing(n, m, ratio, seed):
     from lwf_unsloth import mix_rehearsal
 
@@ -164,7 +174,7 @@ def mixing(n, m, ratio, seed):
         raise SilentLoss("a task row is lost or repeated")
 
 
-@given(row=GOOD | ROW, parts=st.lists(TEXT, min_size=3, max_size=3), length=st.integers(1, 80))
+@cases(row=GOOD | ROW, parts=st.lists(TEXT, min_size=3, max_size=3), length=st.integers(1, 80))
 def templates_and_encoding(row, parts, length):
     from lwf_unsloth.records import PromptTemplate, encode_row
 
@@ -188,7 +198,7 @@ def _tokenizer(made=[]):  # noqa: B006  (one for the whole run)
     return made[0]
 
 
-@given(which=st.booleans(), place=st.integers(0, 10**6), value=VALUES)
+@cases(which=st.booleans(), place=st.integers(0, 10**6), value=VALUES)
 def settings_of_any_value(which, place, value):
     from lwf_unsloth import LwFConfig, ModelConfig
 
@@ -197,14 +207,14 @@ def settings_of_any_value(which, place, value):
     kind(**{names[place % len(names)]: value})
 
 
-@given(values=st.dictionaries(st.sampled_from(["model", "training", "data", "x"]), VALUES | ROW))
+@cases(values=st.dictionaries(st.sampled_from(["model", "training", "data", "x"]), VALUES | ROW))
 def training_files(values):
     from lwf_unsloth.train_file import checked_sections
 
     checked_sections(Path("my.yaml"), values)
 
 
-@given(values=VALUES | st.fixed_dictionaries({}, optional=dict.fromkeys(
+@cases(values=VALUES | st.fixed_dictionaries({}, optional=dict.fromkeys(
     ["train", "space", "trials", "grid", "objectives", "seed", "evaluate"], VALUES)))  # fmt: skip
 def sweep_files(values):
     from lwf_unsloth import read_sweep_file
@@ -228,35 +238,29 @@ LAWS = {
 """Law -> its share of the cases."""
 
 
-def checked(law, cases):
+def checked(law, count):
     """Runs a law; the failure in its smallest form, or None."""
-    inner = law.hypothesis.inner_test
 
     def counted(**case):
         COUNTS["cases"] += 1
         try:
-            inner(**case)
+            law(**case)
             COUNTS["answered"] += 1
         except LwfError as error:
             assert str(error).strip(), "an error that says nothing"
             COUNTS["refused"] += 1
 
-    law.hypothesis.inner_test = counted
     run = settings(
-        max_examples=cases,
+        max_examples=count,
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
-    )(law)
+    )(given(**law.drawn)(counted))
     try:
         run()
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except Exception as error:
         return error
-    finally:
-        law.hypothesis.inner_test = inner
     return None
 
 
