@@ -27,7 +27,6 @@ SMALL = {
         "RANKS": [4, 8],
         "STEPS": 2,
         "ROWS": 4,
-        "WORKERS": 2,
         "MAX_NEW_TOKENS": 4,
     },
     "03_your_data": {

@@ -34,15 +34,13 @@ if importlib.util.find_spec("lwf_unsloth") is None:
 # %% tags=["parameters"]
 MODEL = "smollm2-135m-instruct"  # or a hub id or folder, e.g. "unsloth/gemma-2b-bnb-4bit"
 TASK = None  # rows to learn: .json, .jsonl, .csv, .parquet or a hub id; a part is held out
-REHEARSAL = None  # general instructions with answers, trained beside the task
-GENERAL = None  # other general rows, which forgetting is measured on
+GENERAL = None  # general instructions with answers: half to rehearse, half to measure forgetting on
 LAMBDAS = [0.5, 2.0, 8.0]
 RATIOS = [0.05, 0.2]
 RANKS = [4, 16]
 STEPS = 60  # optimizer steps of a trial
 LEARNING_RATE = 2e-3  # take 5e-4 for a model of more than a billion weights
 ROWS = 64  # rows measured, at most, of each set
-WORKERS = 1  # trials at a time; more where memory and cores allow it
 MAX_NEW_TOKENS = 64  # of the answers at the end
 MOST_FORGETTING = 0.02  # KL in nats per token that may be lost for the gain
 OUTPUT = "runs/sweep"
@@ -50,7 +48,7 @@ OUTPUT = "runs/sweep"
 # %% [markdown]
 # ## The rows
 # Held out are rows of the task, which say what was learned, and general rows that nothing was trained on, which say what was
-# forgotten. The sample of general instructions is split in two: one half to rehearse, one to measure.
+# forgotten. The general instructions are split in two: one half to rehearse, one to measure.
 
 # %%
 from pathlib import Path
@@ -60,7 +58,7 @@ from lwf_unsloth.samples import sample_path
 
 folder = Path(OUTPUT).resolve()
 folder.mkdir(parents=True, exist_ok=True)
-halves = lwf.load_alpaca(sample_path("general"), test_size=0.5)
+halves = lwf.load_alpaca(GENERAL or sample_path("general"), test_size=0.5)
 halves["train"].to_json(folder / "rehearsal.jsonl", force_ascii=False)
 halves["test"].to_json(folder / "general.jsonl", force_ascii=False)
 print(halves.report)
@@ -77,9 +75,9 @@ training |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 settings = {
     "model": {"model_name": MODEL},
     "training": training,
-    "data": {"task": str(task), "rehearsal": str(REHEARSAL or folder / "rehearsal.jsonl")},
+    "data": {"task": str(task), "rehearsal": str(folder / "rehearsal.jsonl")},
     "grid": {"lwf_lambda": LAMBDAS, "rehearsal_ratio": RATIOS, "r": RANKS},
-    "evaluate": {"general": str(GENERAL or folder / "general.jsonl"), "limit": ROWS},
+    "evaluate": {"general": str(folder / "general.jsonl"), "limit": ROWS},
 }
 
 # %% [markdown]
@@ -95,10 +93,11 @@ print(file.read_text(encoding="utf-8"))
 # %% [markdown]
 # ## Run it
 # Before the first trial all values are looked at, so that a typing error costs seconds and not an hour. Every trial's
-# settings, scores, versions and adapter are kept in `study.db` and, a line each, in `trials.jsonl`.
+# settings, scores, versions and adapter are kept in `study.db` and, a line each, in `trials.jsonl`. `workers=2` runs two
+# trials at a time, where memory and cores allow it.
 
 # %%
-result = lwf.run_sweep(lwf.read_sweep_file(file), workers=WORKERS, output=folder)
+result = lwf.run_sweep(lwf.read_sweep_file(file), output=folder)
 result.save(folder / "sweep.json")
 result
 
