@@ -294,6 +294,37 @@ def test_a_file_larger_than_the_limit_is_not_read(tmp_path) -> None:
         load_alpaca(tmp_path / "rows.jsonl")
 
 
+def test_a_base_that_brings_code_does_not_run_it(tiny_model_dir, tmp_path) -> None:
+    from lwf_unsloth.config import ModelConfig
+    from lwf_unsloth.errors import ModelError
+    from lwf_unsloth.model import load_model
+
+    folder, mark = tmp_path / "base", tmp_path / "mark"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: pass\nclass M: pass\n")
+    own = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"},
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    with pytest.raises(ModelError, match="custom code"):
+        load_model(ModelConfig(str(folder), dtype="float32"))
+    assert not mark.exists()
+
+
+def test_every_pin_has_its_hash() -> None:
+    root = PACKAGE.parent
+    setup = (root / "colab_setup.sh").read_text()
+    pins = set(re.findall(r"(?m)(?:^|(?<= ))([\w.-]+==[\w.+]+)(?= |$)", setup))
+    lines = (root / "requirements-hashes.txt").read_text().splitlines()
+    hashed = [line.split(" --hash=sha256:") for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in hashed)
+    names = [pin.removesuffix("+cpu") for pin, _ in hashed]
+    wanted, found = ({re.sub("[-_.]+", "-", one).lower() for one in side} for side in (pins, names))
+    assert len(found) > 190 and wanted - {"package==version"} == found
+
+
 # nothing leaves its folder ----------------------------------------------------------------------
 
 
