@@ -122,7 +122,18 @@ def __getattr__(name: str) -> Any:
     """Import the module that defines a public name, on its first use."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    try:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", __name__):
+            raise
+        from lwf_unsloth.errors import InstallError
+
+        raise InstallError(
+            f"{__name__}.{name} needs the package {package!r}, which is not installed here. "
+            f"Install it: pip install {package}. What does not use it works without."
+        ) from error
     globals()[name] = value
     return value
 

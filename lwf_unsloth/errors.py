@@ -30,3 +30,7 @@ class DiskError(LwfError, OSError):
 
 class RankError(LwfError):
     """Another process of a run on several failed, and with it this one."""
+
+
+class InstallError(LwfError, ImportError):
+    """A package that something needs and that is not installed."""

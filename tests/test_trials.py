@@ -1,8 +1,14 @@
 """The table of trials in tests/README.md names tests that exist, once for each trial."""
 
 import re
+import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
+
+import lwf_unsloth
+from lwf_unsloth.errors import LwfError
 
 TESTS = Path(__file__).resolve().parent
 PAGE = (TESTS / "README.md").read_text(encoding="utf-8")
@@ -38,3 +44,15 @@ def test_the_totals_are_those_of_the_table():
     before, now = Counter(row[2] for row in ROWS), Counter(row[3] for row in ROWS)
     assert totals.startswith(f"{len(ROWS)} trials;")
     assert said == {**before, **now}
+
+
+def test_without_ipywidgets_the_panel_says_what_to_install_and_the_rest_works(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    for name in ("lwf_unsloth.widgets", "lwf_unsloth.panel_parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delitem(vars(lwf_unsloth), "panel", raising=False)
+    with pytest.raises(LwfError, match="pip install ipywidgets") as caught:
+        lwf_unsloth.panel  # noqa: B018
+    assert isinstance(caught.value, ImportError)
+    rows = [{"instruction": "q", "output": "a"}]
+    assert lwf_unsloth.load_alpaca(rows, test_size=0).report.kept == 1
