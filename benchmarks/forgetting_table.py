@@ -24,6 +24,8 @@ HEAD = [
     "arm (rate)", "seeds", "right %", "gain kept", "SQL NLL", "NLL gain kept", "KL",
     "of plain's KL", "rise of general NLL", "of text NLL", "leak %", "EOS %",
 ]  # fmt: skip
+SHOWN = 3
+"""Most arms that a verdict names."""
 PICTURES = {
     "forgetting_pareto": "Right answers against KL on general rows, one point an adapter",
     "forgetting_predicted": "Rise of NLL and leak against KL on general rows",
@@ -121,12 +123,18 @@ def verdict(found: Sequence[Group], items: Items) -> str:
             for name in ("right", "task_gain", "general_kl", "general_rise")
         )
         leak = _percent(group.mean("leak_rate"), leak_interval(group, items))
-        better = ", ".join(title_of(g.arm) + f" ({g.lr:g})" for g in dominating(group, found))
+        names = [title_of(one.arm) + f" ({one.lr:g})" for one in dominating(group, found)]
+        more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        better = ", ".join([*names[:SHOWN], *more])
         lines.append(
             f"{title_of(arm)}, rate {group.lr:g}, against plain SFT at {plain.lr:g}: gain kept "
             f"{right}, NLL gain kept {nll}, at {kl} of its KL and {rise} of its rise of general "
             f"NLL; leak {leak} %. "
-            + (f"Better in score, KL and leak: {better}." if better else "No arm dominates it.")
+            + (
+                f"No worse in score, KL and leak, by the points: {better}."
+                if better
+                else "No arm dominates it."
+            )
         )
     if plain is not None and (plain.mean("new_score") or 0.0) < 0.1:
         lines.append("Plain SFT gains less than 10 points, so scores say little.")
