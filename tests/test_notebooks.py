@@ -128,6 +128,7 @@ def test_the_address_fills_badge_and_clone_line_and_nothing_stands_there_without
     assert "clone here" not in without and "<!-- badge" not in without
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
