@@ -16,19 +16,22 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors checks bars whole_files secret_texts unseen schedules rank_schedule kl_budget without_effect field_types arguments
+errors checks bars whole_files secret_texts unseen schedules rank_schedule kl_budget
+without_effect field_types arguments
 backend ranks config
 load_report formats rows selection sources templates codec records alpaca
 rank_shares rehearsal
 loss_terms loss_triton loss_kernels loss_topk loss_rows loss_pass losses switches hidden
-gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card trained_template adapters
+gguf_files kept_folders gguf_tokenizer embedded bases model_files loaded model_card
+trained_template adapters
 merging model
 checkup memory shapes preflight out_of_memory
 locks teacher cache_parts teacher_identity teacher_cache rank_callbacks
 cache_plan
 prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
-batches checkpoints run_record objective meters measured log_window kl_meter strength curriculum prechecks progress guard train_data
+batches checkpoints run_record objective meters measured log_window kl_meter strength curriculum
+prechecks progress guard train_data
 trainer_inputs resuming trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
 eval_sets evaluation adapter_dial best_adapter
