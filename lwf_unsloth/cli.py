@@ -45,8 +45,8 @@ The same file on several GPUs, per_device_train_batch_size rows on each:
   accelerate launch --num_processes 2 -m lwf_unsloth train FILE
 """
 """\\b keeps the lines below it as they are."""
-SWEEP_HELP = """Try settings against each other, as a YAML file says; run it again to go on, also with
-more numbers in the grid.
+SWEEP_HELP = """Try settings against each other, as a YAML file says; run it again to go on,
+also with more numbers in the grid.
 
 \b
 model: ...                   # model, training, data: as in a training file
