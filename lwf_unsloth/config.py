@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lwf_unsloth.backend import prepare
+from lwf_unsloth.checks import MOST_RATIO
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.field_types import check_fields
 from lwf_unsloth.kl_budget import check_budget
@@ -326,6 +327,9 @@ def check_lwf(config: LwFConfig) -> None:
     if not _is_number(config.rehearsal_ratio) or not 0 <= config.rehearsal_ratio < 1:
         why = "it is the share of the mixed set; at 1 there would be no task rows"
         raise _refuse("rehearsal_ratio", config.rehearsal_ratio, "in 0 <= ratio < 1", why)
+    if config.rehearsal_ratio > MOST_RATIO:
+        why = "under one row in a thousand would be a task row"
+        raise _refuse("rehearsal_ratio", config.rehearsal_ratio, f"{MOST_RATIO} at most", why)
     if config.lwf_rows not in LWF_ROWS:
         raise _refuse(
             "lwf_rows", config.lwf_rows, f"one of {LWF_ROWS}", "it says on which tokens the KL acts"

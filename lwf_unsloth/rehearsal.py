@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Sampler
 
 from lwf_unsloth.arguments import checked
+from lwf_unsloth.checks import MOST_RATIO
 from lwf_unsloth.errors import ConfigError, DataError
 from lwf_unsloth.rank_shares import dealt
 from lwf_unsloth.rows import as_rows, row_key
@@ -39,6 +40,11 @@ def check_ratio(ratio: object) -> float:
     """
     is_number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
     if is_number and 0 <= float(ratio) < 1:  # type: ignore[arg-type]
+        if float(ratio) > MOST_RATIO:  # type: ignore[arg-type]
+            raise ConfigError(
+                f"The rehearsal ratio is {ratio!r}: under one row in a thousand would be a task "
+                f"row, and an epoch would hardly end. It may be {MOST_RATIO} at most."
+            )
         return float(ratio)  # type: ignore[arg-type]
     raise ConfigError(
         f"The rehearsal ratio is {ratio!r}; it must be a number of at least 0 and below 1. It is "

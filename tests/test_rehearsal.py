@@ -192,3 +192,11 @@ def test_two_ranks_share_the_sampler_without_a_row_on_both():
     ]
     assert not set(ranks[0]) & set(ranks[1]) and sorted(ranks[0] + ranks[1]) == sorted(sampler)
     assert [sum(row >= 48 for row in rank) for rank in ranks] == [8, 8]
+
+
+@pytest.mark.parametrize("ratio", [0.9991, 0.9999999999, 1 - 2**-53])
+def test_a_ratio_that_would_make_an_epoch_endless_is_refused_at_once(ratio):
+    with pytest.raises(ConfigError, match="0.999 at most"):
+        mix_rehearsal([{"text": "a"}] * 60, [{"text": "b"}], ratio)
+    with pytest.raises(ConfigError, match="0.999 at most"):
+        rehearsal_count(60, ratio)
