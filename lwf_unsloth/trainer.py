@@ -101,7 +101,7 @@ class LwFTrainer(Resuming, Measured, SFTTrainer):
                     "no effect: leave it out (LoRA's settings stand in ModelConfig)."
                 )
         given = {**kwargs, "eval_dataset": eval_dataset}
-        check_inputs(model, args, processing_class, teacher, given)
+        check_inputs(model, args, teacher, given)
         args = copy.copy(args) if args is not None else LwFConfig("runs/lwf")
         check_tokenizer(processing_class)
         check_trainable(model)

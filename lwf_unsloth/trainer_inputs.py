@@ -21,15 +21,12 @@ prepare()
 from transformers import TrainerCallback  # noqa: E402
 
 
-def check_inputs(
-    model: Any, args: Any, tokenizer: Any, teacher: Any, given: Mapping[str, Any]
-) -> None:
+def check_inputs(model: Any, args: Any, teacher: Any, given: Mapping[str, Any]) -> None:
     """Checks the kinds of what `LwFTrainer` is given.
 
     Args:
         model: What is to be trained.
         args: The settings, or None.
-        tokenizer: The processing_class.
         teacher: A second model, or None.
         given: Its other arguments: eval_dataset, callbacks, compute_metrics.
 
@@ -46,13 +43,11 @@ def check_inputs(
             "itself as it stands now."
         )
     if args is not None and not isinstance(args, LwFConfig):
-        raise ConfigError(f"args is {_said(args)}, but it must be an LwFConfig(output_dir, ...).")
-    _check_output(args)
-    if not any(hasattr(tokenizer, name) for name in ("eos_token_id", "tokenizer")):
-        raise ModelError(
-            f"processing_class is {_said(tokenizer)}, but it must be the tokenizer that load_model "
-            "gives."
+        raise ConfigError(
+            f"args is a {type(args).__name__}, but must be an LwFConfig, which is an SFTConfig "
+            "with the settings of teacher and rehearsal: LwFConfig(output_dir, ...)."
         )
+    _check_output(args)
     _check_callbacks(given.get("callbacks"))
     if not (given.get("compute_metrics") is None or callable(given["compute_metrics"])):
         raise ConfigError(

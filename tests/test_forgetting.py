@@ -1,5 +1,6 @@
 """The forgetting report: the papers' figures, paired intervals, the right stages compared."""
 
+import html
 import json
 import math
 from dataclasses import replace
@@ -189,7 +190,7 @@ def test_the_model_card_holds_the_report():
 
     record = {"base": {"name": "some/base"}, "eos_token": "</s>", "template": {"name": "alpaca"}}
     card = adapter_card(record, {"evaluation": forgetting_report(one_training()).card()})
-    section = card.split("## Evaluation\n\n")[1].split("\n\n")[0].splitlines()
+    section = html.unescape(card).split("## Evaluation\n\n")[1].split("\n\n")[0].splitlines()
     assert section[0] == "| | base | after faq | gain | forgetting | backward transfer | KL now |"
     assert section[1] == "|---|" + "---|" * 6
     assert section[2].startswith("| faq: NLL, nats per token | 3.000 | 0.500 | +2.500 [")

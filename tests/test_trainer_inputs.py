@@ -31,7 +31,7 @@ def parts(tiny_peft, alpaca_rows, tmp_path):
     [
         ("model", ModelError),
         ("args", ConfigError),
-        ("processing_class", ModelError),
+        ("processing_class", DataError),
         ("train_dataset", DataError),
         ("rehearsal_dataset", DataError),
         ("eval_dataset", DataError),
