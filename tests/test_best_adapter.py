@@ -139,6 +139,7 @@ def test_it_reads_at_evaluations_and_checkpoints_once_a_step(run, alpaca_rows):
     assert [r.step for r in best.readings] == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_history_and_a_new_run_starts_a_new_one(run, tmp_path):
     trainer, first = run(save_strategy="steps", save_steps=2, max_steps=4)
     trainer.train()
@@ -154,6 +155,7 @@ def test_a_resumed_run_goes_on_with_its_history_and_a_new_run_starts_a_new_one(r
     assert (tmp_path / "best" / f"{HISTORY}.old").is_file()
 
 
+@pytest.mark.slow
 def test_steps_that_a_resumed_run_takes_again_are_read_again_once(run):
     def make():
         return run({"every": 1, "budget": 100.0}, save_strategy="steps", save_steps=2, max_steps=4)

@@ -128,6 +128,7 @@ def test_exactly_one_precision_is_chosen_and_a_t4_gets_fp16(monkeypatch, tiny_pe
         prechecks.match_model(asked, Half(2, 2))
 
 
+@pytest.mark.slow
 def test_usage_data_is_off_with_ci_unset():
     code = (
         "import lwf_unsloth.trainer, os, trl, huggingface_hub.constants as c;"

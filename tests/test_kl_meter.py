@@ -160,6 +160,7 @@ def test_the_trainer_lets_the_meter_know_of_its_rehearsal_rows(make_trainer):
     assert trainer.kl_meter._awaits == "kl_rehearsal"
 
 
+@pytest.mark.slow
 def test_a_run_resumed_after_its_stop_goes_on_only_with_a_higher_limit(make_trainer):
     make_trainer(lwf_stop_at_kl=1e-6).train()
     again = make_trainer(lwf_stop_at_kl=1e-6)

@@ -183,6 +183,7 @@ def test_a_full_disk_says_which_file(tmp_path, monkeypatch):
     assert list(Path(tmp_path).iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_a_cache_and_several_rows_a_batch_ends_bit_for_bit(
     make_trainer, tmp_path
 ):

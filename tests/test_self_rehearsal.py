@@ -411,6 +411,7 @@ def test_a_trainer_told_self_trains_on_rows_of_its_own_teacher(trainer_of, tmp_p
     assert trainer.lwf_rows == "rehearsal"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_rehearses_the_same_rows_and_another_seed_writes_new_ones(
     trainer_of, tmp_path, monkeypatch
 ):
@@ -428,6 +429,7 @@ def test_a_resumed_run_rehearses_the_same_rows_and_another_seed_writes_new_ones(
     assert (tmp_path / "run" / "rehearsal.jsonl.old").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_the_same_process_rehearses_what_the_untrained_model_wrote(
     trainer_of, tmp_path, caplog
 ):

@@ -533,6 +533,7 @@ import json; print("ID" + json.dumps(teacher_identity(make_teacher(model), token
     assert json.loads(line[2:]) == ours
 
 
+@pytest.mark.slow
 def test_a_second_models_targets_are_cached_too(make_trainer, tiny_peft):
     other, _ = tiny_peft()
     disturb(other)

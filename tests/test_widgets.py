@@ -288,6 +288,7 @@ def test_a_held_out_row_fills_the_prompt_and_shows_the_files_own_answer(made):
 # ------------------------------------------------------------------------- the code
 
 
+@pytest.mark.slow
 def test_the_code_shown_does_what_the_panel_did(made, tiny_peft, capsys):
     made.parts.prompt.value = "task: say what number 3 is."
     made.parts.train.click()
