@@ -14,6 +14,12 @@ collect_ignore_glob = [] if shutil.which("nvidia-smi") else ["test_gpu_*.py"]
 # fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_collection_modifyitems(items):
+    """The real demo takes longer than all others together: it goes first, they go beside it."""
+    items.sort(key=lambda item: "test_the_real_demo" not in item.nodeid)
+
+
 SENTENCES = [
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context.",

@@ -213,7 +213,9 @@ def start(place, text, workers=3, storage=None, **changes):
     """The sweep in a process that can be killed."""
     plan_of(place, text)
     code = (
-        "import sys\nfrom lwf_unsloth.sweep import run_sweep\n"
+        # A shell's background job ignores the interrupt, and so do the tests that it starts.
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from lwf_unsloth.sweep import run_sweep\n"
         "from lwf_unsloth.sweep_file import read_sweep_file\n"
         f"run_sweep(read_sweep_file({str(place / 'grid.yaml')!r}), workers={workers}, "
         f"output={str(place / 'out')!r}, storage={storage!r}, "
