@@ -79,6 +79,7 @@ def run(tiny_peft, alpaca_rows, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_the_best_of_the_readings_lies_in_the_folder_and_scores_the_same(
     run, tmp_path, alpaca_rows, tiny_model_dir
 ):
@@ -101,6 +102,7 @@ def test_the_best_of_the_readings_lies_in_the_folder_and_scores_the_same(
     assert "## Best adapter" in card and "forgetting" in card
 
 
+@pytest.mark.slow
 def test_reading_during_the_training_does_not_change_the_training(run):
     with_readings, _ = run({"every": 1})
     with_readings.train()
@@ -124,6 +126,7 @@ def test_with_a_budget_that_nothing_meets_the_one_that_forgot_least_is_kept(run,
     )
 
 
+@pytest.mark.slow
 def test_the_worst_general_set_and_the_measure_that_was_asked_for_count(run):
     sets = {"a": [{"text": "The fox sleeps."}], "b": [{"text": "12:45 on 3 May 1987"}]}
     for measure, key in (("kl", "kl"), ("nll", "rise")):
@@ -133,6 +136,7 @@ def test_the_worst_general_set_and_the_measure_that_was_asked_for_count(run):
         assert reading.forgetting == max(reading.sets[name][key] for name in sets)
 
 
+@pytest.mark.slow
 def test_it_reads_at_evaluations_and_checkpoints_once_a_step(run, alpaca_rows):
     trainer, best = run(save_strategy="steps", save_steps=2, max_steps=5)
     trainer.train()
@@ -172,6 +176,7 @@ def test_steps_that_a_resumed_run_takes_again_are_read_again_once(run):
     assert best.best in best.readings and best.best.kept
 
 
+@pytest.mark.slow
 def test_an_earlier_runs_adapter_does_not_pass_for_that_of_a_run_without_a_reading_yet(run):
     trainer, first = run(max_steps=1)
     trainer.train()
@@ -182,6 +187,7 @@ def test_an_earlier_runs_adapter_does_not_pass_for_that_of_a_run_without_a_readi
     assert not other.adapter.exists() and other.adapter.with_name("adapter.old").is_dir()
 
 
+@pytest.mark.slow
 def test_readings_by_another_measure_are_not_gone_on_with(run):
     trainer, _ = run({"forgetting": "nll"}, save_strategy="steps", save_steps=2, max_steps=2)
     trainer.train()

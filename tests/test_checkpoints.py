@@ -101,6 +101,7 @@ def test_a_checkpoint_of_a_run_without_teacher_leaves_the_teacher_alone(tmp_path
     assert found.kind == "snapshot" and is_complete(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
 def test_a_named_checkpoint_without_its_state_is_told(make_trainer, tmp_path, caplog, name):
     make_trainer(save_strategy="steps", save_steps=2).train()

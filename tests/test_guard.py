@@ -28,6 +28,7 @@ def test_a_step_that_is_nan_is_skipped_and_told_and_spoils_nothing(make_trainer,
     assert losses[7] < losses[0] and "Step 2 has a gradient that is not finite" in caplog.text
 
 
+@pytest.mark.slow
 def test_on_the_device_a_bad_step_is_passed_over_as_on_the_cpu_bit_for_bit(make_trainer):
     found = []
     for late in (False, True):  # True is a GPU's way: the fused optimizer is told by a tensor

@@ -171,6 +171,7 @@ def logged(trainer, name):
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
+@pytest.mark.slow
 def test_on_the_tiny_model_the_kl_breaks_the_budget_and_is_brought_back_under_it(trained):
     trainer = trained(max_steps=80, lwf_lambda=1.0, lwf_kl_budget=0.4)
     kls, lambdas = logged(trainer, "kl"), logged(trainer, "lwf_lambda")
@@ -178,6 +179,7 @@ def test_on_the_tiny_model_the_kl_breaks_the_budget_and_is_brought_back_under_it
     assert lambdas[0] == 1.0 and lambdas[-1] > 1.2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_lambdas(trained, tmp_path):
     settings = {"lwf_kl_budget": 0.01, "max_steps": 6}
     whole = trained(save_strategy="steps", save_steps=3, **settings)
@@ -186,6 +188,7 @@ def test_a_resumed_run_goes_on_with_the_same_lambdas(trained, tmp_path):
     assert logged(again, "lwf_lambda") == pytest.approx(logged(whole, "lwf_lambda"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_controllers_state_is_told(trained, tmp_path, caplog):
     trained(save_strategy="steps", save_steps=1, max_steps=1)
     with caplog.at_level(logging.WARNING, logger="lwf_unsloth"):

@@ -132,6 +132,7 @@ def make_trainer(tiny_peft, alpaca_rows, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_training_past_the_limit_ends_with_a_checkpoint_and_says_so(make_trainer, tmp_path, caplog):
     trainer = make_trainer(lwf_stop_at_kl=1e-6)
     with caplog.at_level(logging.INFO, logger="lwf_unsloth"):

@@ -106,6 +106,7 @@ def test_charts_save_themselves_twice_and_show_themselves(tmp_path):
     assert "<svg" in svg.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_matplotlibs_own_state_is_left_alone_and_no_model_library_is_needed():
     code = (
         "import sys, matplotlib; before = dict(matplotlib.rcParams)\n"

@@ -221,6 +221,7 @@ def test_the_logged_norm_is_that_of_what_is_trained(make_trainer):
     assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_schedule_of_one_phase_is_the_plain_run_bit_for_bit(make_trainer):
     plain_run, one = make_trainer(), make_trainer(rank_schedule=[(0, 4)])
     for trainer in (plain_run, one):

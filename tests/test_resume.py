@@ -24,6 +24,7 @@ def interrupted(make_trainer, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_every_log_line_of_a_resumed_run_is_that_of_the_uninterrupted_one(make_trainer, tmp_path):
     run = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 3, "max_steps": 6}
     whole = make_trainer(**run)
@@ -68,6 +69,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(
     assert "'r': 4" in text and "'r': 2" in text and "load_model(config, adapter=" in text
 
 
+@pytest.mark.slow
 def test_a_setting_that_may_change_is_told_and_the_same_step_in_smaller_parts_is_the_same_run(
     make_trainer, interrupted, caplog
 ):

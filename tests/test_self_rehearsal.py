@@ -248,6 +248,7 @@ def test_first_words_in_turn_make_instructions_differ(write):
     assert len(firsts & led) >= 4, "a model that was taught one word only asks in several"
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_rows_whatever_the_batch_and_leaves_the_model(write, taught):
     before = {name: p.clone() for name, p in taught[0].named_parameters()}
     state, mode = torch.get_rng_state(), taught[0].training
@@ -258,6 +259,7 @@ def test_the_same_seed_writes_the_same_rows_whatever_the_batch_and_leaves_the_mo
     assert list(write(seed=6)) != list(first)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_written_in_halves_with_the_same_rows(write, monkeypatch):
     from lwf_unsloth import row_writer
 

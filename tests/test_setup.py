@@ -378,6 +378,7 @@ def test_test_adds_the_test_tools_and_returns_what_pytest_returns(place: Place) 
     assert set(pins("TEST_PINS", "BARE_TEST_PINS")) == {name.replace("_", "-") for name in added}
 
 
+@pytest.mark.slow
 def test_a_missing_chromium_is_installed_or_a_line_says_why_it_is_not(place: Place) -> None:
     fake_venv_maker(place)
     for name in ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome"):

@@ -154,6 +154,7 @@ def test_the_front_is_what_no_other_trial_beats():
     assert result.best(0.05) is None and "trial 9 failed: no" in str(result)
 
 
+@pytest.mark.slow
 def test_failed_and_too_large_trials_are_recorded_with_their_reason_and_ignored_for_best(place):
     special = "{max_steps: 2, dies_at: 0.5, too_big_at: 1}"
     result = swept(place, GRID.replace("{max_steps: 2}", special), workers=2)

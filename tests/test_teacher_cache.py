@@ -95,6 +95,7 @@ store.flush()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [0, 1], ids=["before the part's", "before the manifest's"])
 def test_a_kill_between_write_and_rename_leaves_whole_parts_alone(tmp_path, kill_at, caplog):
     done = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path), str(kill_at)])
@@ -412,6 +413,7 @@ def test_a_second_run_on_the_same_model_makes_no_forward(make_trainer, monkeypat
     assert losses(second) == pytest.approx(losses(first), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_uses_what_the_interrupted_one_wrote(make_trainer, monkeypatch):
     found = []
     for cache in ("off", "hidden"):
@@ -425,6 +427,7 @@ def test_a_resumed_run_uses_what_the_interrupted_one_wrote(make_trainer, monkeyp
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_snapshot_teacher_is_cached_and_another_adapter_is_stale(
     make_trainer, tiny_peft, monkeypatch, caplog
 ):
@@ -581,6 +584,7 @@ def test_topks_error_on_the_tiny_model_is_below_and_as_large_as_the_rest_allows(
     assert found[2] == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_fills_topk_says_how_much_of_the_teacher_the_rest_is(make_trainer, caplog):
     trainer = make_trainer(lwf_cache="topk", lwf_cache_k=64)
     with caplog.at_level(logging.INFO, logger="lwf_unsloth"):
@@ -601,6 +605,7 @@ def test_a_run_that_fills_topk_says_how_much_of_the_teacher_the_rest_is(make_tra
     assert not [r for r in caplog.records if "most probable tokens hold" in r.getMessage()]
 
 
+@pytest.mark.slow
 def test_topk_serves_full_logits_and_hidden_refuses_them(make_trainer, monkeypatch):
     one_pass = make_trainer(lwf_cache="topk")
     one_pass.train()
@@ -613,6 +618,7 @@ def test_topk_serves_full_logits_and_hidden_refuses_them(make_trainer, monkeypat
     assert losses(full) == pytest.approx(losses(one_pass), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl", ["reverse", "target_masked"])
 def test_topk_with_another_direction_is_refused_and_hidden_serves_it(make_trainer, kl):
     with pytest.raises(ConfigError, match=f"{kl}.*hidden"):
@@ -624,6 +630,7 @@ def test_topk_with_another_direction_is_refused_and_hidden_serves_it(make_traine
     assert losses(cached) == pytest.approx(losses(live), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_topk_at_another_temperature_is_stale_and_a_changing_one_is_refused(
     make_trainer, monkeypatch, caplog
 ):

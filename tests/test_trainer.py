@@ -246,6 +246,7 @@ def test_a_trained_adapter_is_the_teacher_of_the_next_task(make_trainer, tiny_pe
     assert torch.equal(after, start)
 
 
+@pytest.mark.slow
 def test_the_snapshot_teacher_survives_a_resume(make_trainer, tiny_peft, tmp_path):
     model, tokenizer = tiny_peft()
     disturb(model)
@@ -477,6 +478,7 @@ def test_an_empty_eval_set_is_no_eval_set(make_trainer, alpaca_rows):
     assert trainer.eval_dataset is None
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_passed_over(make_trainer, tmp_path, caplog):
     from lwf_unsloth.checkpoints import latest_checkpoint
 

@@ -202,6 +202,7 @@ def said_at(panel):
     return re.sub(r"<[^>]+>", " ", panel.parts.at.value)
 
 
+@pytest.mark.slow
 def test_stop_leaves_a_checkpoint_and_going_on_ends_where_the_whole_run_ends(made, monkeypatch):
     made.parts.train.click()
     done(made)
@@ -240,6 +241,7 @@ def test_a_model_that_a_cell_uses_is_refused_with_the_reason(made):
             assert "in use by another thread (scoring)" in said(made, place)
 
 
+@pytest.mark.slow
 def test_what_the_library_warns_of_while_it_works_stands_in_the_panel(made):
     made.parts.numbers["max_steps"].value = 1
     made.more["warmup_steps"] = 50
@@ -251,6 +253,7 @@ def test_what_the_library_warns_of_while_it_works_stands_in_the_panel(made):
 # ------------------------------------------------------------------ answers and dial
 
 
+@pytest.mark.slow
 def test_the_dial_asks_anew_and_leaves_the_model_as_trained(made):
     made.parts.train.click()
     done(made)
