@@ -185,23 +185,23 @@ class Bench:
             "general_tokens": " ".join(map(str, general.row_tokens)),
         }
 
+    def _asked(self, rows: Any, tokens: int) -> Any:
+        """Greedy answers to rows."""
+        return generate(
+            self.model, self.tokenizer, _prompts(rows),
+            max_new_tokens=4 if self.options.smoke else tokens,
+            batch_size=self.options.answer_batch,
+        )  # fmt: skip
+
     def _answers(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Whether each query is right, and ended by itself."""
-        tokens = 4 if self.options.smoke else TASK_TOKENS
-        found = generate(
-            self.model, self.tokenizer, _prompts(self.data.test),
-            max_new_tokens=tokens, batch_size=self.options.answer_batch,
-        )  # fmt: skip
+        found = self._asked(self.data.test, TASK_TOKENS)
         values = answer_values(found, self.data.test, exact_sql)
         return values.right, values.ended
 
     def _leaks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Whether each general answer is in SQL, and ended by itself."""
-        tokens = 4 if self.options.smoke else GENERAL_TOKENS
-        found = generate(
-            self.model, self.tokenizer, _prompts(self.data.general),
-            max_new_tokens=tokens, batch_size=self.options.answer_batch,
-        )  # fmt: skip
+        found = self._asked(self.data.general, GENERAL_TOKENS)
         flags = given_form(LEAK).flags(answer.text for answer in found)
         return flags, tuple(float(answer.stop == "eos") for answer in found)
 

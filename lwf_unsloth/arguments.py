@@ -15,7 +15,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 OF_DATA = {"source", "rows", "sets", "prompts", "rehearsal", "train_rows"}
-OF_MODEL = {"model", "tokenizer"}
 
 PARTS = {
     "model": (("named_modules",), "the model that load_model gives"),
@@ -70,7 +69,7 @@ def _check(
         kind = signature.parameters[name].kind
         if name in left_out or kind in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL):
             continue
-        if name in PARTS and name in OF_MODEL:
+        if name in PARTS:
             attributes, needed = PARTS[name]
             if not any(hasattr(value, attribute) for attribute in attributes):
                 raise _error(name)(
@@ -96,7 +95,7 @@ def _is_path(hint: Any) -> bool:
 
 
 def _error(name: str) -> type[LwfError]:
-    return ModelError if name in OF_MODEL else DataError if name in OF_DATA else ConfigError
+    return ModelError if name in PARTS else DataError if name in OF_DATA else ConfigError
 
 
 class _Names(dict[str, Any]):
@@ -106,12 +105,8 @@ class _Names(dict[str, Any]):
         return getattr(builtins, name, Any)
 
 
-_KNOWN: dict[Callable[..., Any], dict[str, Any]] = {}
-
-
+@functools.cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Argument -> its annotation."""
-    if function not in _KNOWN:
-        names = _Names(inspect.unwrap(function).__globals__)
-        _KNOWN[function] = typing.get_type_hints(function, globalns={}, localns=names)
-    return _KNOWN[function]
+    names = _Names(inspect.unwrap(function).__globals__)
+    return typing.get_type_hints(function, globalns={}, localns=names)

@@ -46,13 +46,8 @@ def match_model(args: LwFConfig, model: nn.Module) -> None:
     trainer's own copy.
 
     Raises:
-        ConfigError: Other arguments than an `LwFConfig`, or bf16 on a card that emulates it.
+        ConfigError: bf16 on a card that emulates it.
     """
-    if not isinstance(args, LwFConfig):
-        raise ConfigError(
-            f"args is a {type(args).__name__}, but must be an LwFConfig, which is an SFTConfig "
-            "with the lwf_ and rehearsal settings: give it the same settings by the same names."
-        )
     _match_processes(args, model)
     dtype = getattr(model, "dtype", torch.float32)
     if not args._precision_given:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import numbers
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Sampler
 
 from lwf_unsloth.arguments import checked
-from lwf_unsloth.checks import MOST_RATIO
-from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.checks import check_ratio
+from lwf_unsloth.errors import DataError
 from lwf_unsloth.rank_shares import dealt
 from lwf_unsloth.rows import as_rows, row_key
 
@@ -30,29 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ("instruction", "input", "output", "text")
-
-
-def check_ratio(ratio: object) -> float:
-    """The ratio as a float, 0 <= ratio < 1.
-
-    Raises:
-        ConfigError: anything else (text, None, NaN, 1.0, a truth value).
-    """
-    is_number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
-    if is_number and 0 <= float(ratio) < 1:  # type: ignore[arg-type]
-        if float(ratio) > MOST_RATIO:  # type: ignore[arg-type]
-            raise ConfigError(
-                f"The rehearsal ratio is {ratio!r}: under one row in a thousand would be a task "
-                f"row, and an epoch would hardly end. It may be {MOST_RATIO} at most."
-            )
-        return float(ratio)  # type: ignore[arg-type]
-    raise ConfigError(
-        f"The rehearsal ratio is {ratio!r}; it must be a number of at least 0 and below 1. It is "
-        "the "
-        "share of rehearsal rows in the mixed set: 0.1 makes one row in ten a rehearsal row, "
-        "and at 1 no "
-        "task row would be left."
-    )
 
 
 def rehearsal_count(n_task: int, ratio: float) -> int:

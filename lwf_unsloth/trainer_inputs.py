@@ -45,7 +45,7 @@ def check_inputs(model: Any, args: Any, teacher: Any, given: Mapping[str, Any]) 
     if args is not None and not isinstance(args, LwFConfig):
         raise ConfigError(
             f"args is a {type(args).__name__}, but must be an LwFConfig, which is an SFTConfig "
-            "with the settings of teacher and rehearsal: LwFConfig(output_dir, ...)."
+            "with the lwf_ and rehearsal settings: give it the same settings by the same names."
         )
     _check_output(args)
     _check_callbacks(given.get("callbacks"))
@@ -91,7 +91,7 @@ def _check_callbacks(callbacks: Any) -> None:
 
 
 def _check_held_out(rows: Any) -> None:
-    """A set of rows, or a dict of named sets; none of them empty."""
+    """A set of rows, or a dict of named sets."""
     for name, part in rows.items() if isinstance(rows, dict) else [("", rows)]:
         where = f"eval_dataset[{name!r}]" if isinstance(rows, dict) else "eval_dataset"
         if part is None and not isinstance(rows, dict):

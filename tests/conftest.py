@@ -218,3 +218,34 @@ def llama(gpu_folders):
     import gpu_shapes as gpu
 
     return lambda dtype="float16", **changes: gpu.load(gpu_folders["llama"], dtype, **changes)
+
+
+@pytest.fixture()
+def short_run(tiny_peft, alpaca_rows, tmp_path):
+    """Factory: a trainer on the tiny model, 2 rows a forward, half of them rehearsal."""
+
+    def make(run="run", model=None, task=6, **changes):
+        from lwf_unsloth.config import LwFConfig
+        from lwf_unsloth.trainer import LwFTrainer
+
+        values = {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "max_length": 96,
+            "bf16": False,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "rehearsal_ratio": 0.5,
+        }
+        model, tokenizer = model or tiny_peft()
+        return LwFTrainer(
+            model,
+            args=LwFConfig(str(tmp_path / run), **{**values, **changes}),
+            processing_class=tokenizer,
+            train_dataset=alpaca_rows(task),
+            rehearsal_dataset=alpaca_rows(6, "keep"),
+        )
+
+    return make

@@ -134,33 +134,12 @@ def test_a_wrong_budget_is_refused_by_name(changes, said):
 
 
 @pytest.fixture()
-def trained(tiny_peft, alpaca_rows, tmp_path):
+def trained(short_run):
     """Factory: the tiny model after `max_steps` steps with a budget."""
 
-    def train(resume=None, run="run", **changes):
-        from lwf_unsloth.config import LwFConfig
-        from lwf_unsloth.trainer import LwFTrainer
-
-        values = {
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 3e-3,
-            "lr_scheduler_type": "constant",
-            "warmup_steps": 0,
-            "max_length": 96,
-            "bf16": False,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "rehearsal_ratio": 0.5,
-        }
-        model, tokenizer = tiny_peft()
-        trainer = LwFTrainer(
-            model,
-            args=LwFConfig(str(tmp_path / run), **{**values, **changes}),
-            processing_class=tokenizer,
-            train_dataset=alpaca_rows(12),
-            rehearsal_dataset=alpaca_rows(6, "keep"),
-        )
+    def train(resume=None, **changes):
+        values = {"task": 12, "learning_rate": 3e-3, "lr_scheduler_type": "constant"}
+        trainer = short_run(**{**values, **changes})
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 

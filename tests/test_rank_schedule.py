@@ -1,5 +1,6 @@
 """LoRA in phases: what a phase does not train does not move, in the trainer and in its files."""
 
+import functools
 import json
 import math
 
@@ -111,35 +112,9 @@ def test_the_settings_survive_json_and_stand_in_the_card():
 
 
 @pytest.fixture()
-def make_trainer(tiny_peft, alpaca_rows, tmp_path):
+def make_trainer(short_run):
     """Factory: a trainer of 4 steps of 2 forwards of 2 rows, r 4."""
-
-    def make(run="run", model=None, **changes):
-        from lwf_unsloth.config import LwFConfig
-        from lwf_unsloth.trainer import LwFTrainer
-
-        values = {
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-2,
-            "max_steps": 4,
-            "warmup_steps": 0,
-            "max_length": 96,
-            "bf16": False,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "rehearsal_ratio": 0.5,
-        }
-        model, tokenizer = model or tiny_peft()
-        return LwFTrainer(
-            model,
-            args=LwFConfig(str(tmp_path / run), **{**values, **changes}),
-            processing_class=tokenizer,
-            train_dataset=alpaca_rows(6),
-            rehearsal_dataset=alpaca_rows(6, "keep"),
-        )
-
-    return make
+    return functools.partial(short_run, **{"gradient_accumulation_steps": 2, "max_steps": 4})
 
 
 def lora(trainer):

@@ -1,5 +1,6 @@
 """Lambda and temperature over the run: the law of each form, the refusals, and a resume."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -116,35 +117,9 @@ def test_a_temperatures_warm_up_begins_at_1():
 
 
 @pytest.fixture()
-def make_trainer(tiny_peft, alpaca_rows, tmp_path):
+def make_trainer(short_run):
     """Factory: a trainer of 6 steps of 2 rows in 6 task and 6 rehearsal rows."""
-
-    def make(run="run", **changes):
-        from lwf_unsloth.config import LwFConfig
-        from lwf_unsloth.trainer import LwFTrainer
-
-        values = {
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 1e-2,
-            "max_steps": 6,
-            "warmup_steps": 0,
-            "max_length": 128,
-            "bf16": False,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "rehearsal_ratio": 0.5,
-        }
-        model, tokenizer = tiny_peft()
-        return LwFTrainer(
-            model,
-            args=LwFConfig(str(tmp_path / run), **{**values, **changes}),
-            processing_class=tokenizer,
-            train_dataset=alpaca_rows(6),
-            rehearsal_dataset=alpaca_rows(6, "keep"),
-        )
-
-    return make
+    return functools.partial(short_run, **{"max_steps": 6, "max_length": 128})
 
 
 MOVING = {"lwf_lambda_schedule": "linear:0->3", "lwf_temperature_schedule": "cosine:2->1"}
