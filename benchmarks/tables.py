@@ -8,7 +8,6 @@ python benchmarks/tables.py --check   fails where a table is not what the result
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, its own folder stands there instead
 
-from benchmarks import answers_table, ddp_table  # noqa: E402
+from benchmarks import answers_table, ddp_table, second_task_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PLACES = [ROOT / "README.md", ROOT / "README.ja.md", ROOT / "benchmarks" / "README.md"]
@@ -310,73 +309,10 @@ def t4() -> str | None:
     return as_table(["part of notebook 01, gemma-2b", "work", "T4"], lines) + note
 
 
-POOLS = {
-    "base": "before",
-    "none": "no rehearsal (plain fine-tuning)",
-    "general": "153 general rows that were given",
-    "self": "**rows that the model wrote itself**",
-}
-"""First arms of self_rehearsal in the table's order."""
-
-
 def self_rehearsal() -> str | None:
     """The FAQ by kind of rehearsal; then code on top of it, by teacher."""
     result = read("self_rehearsal")
-    if result is None:
-        return None
-    parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in result["rows"]:
-        parts.setdefault(row["part"], {}).setdefault(row["arm"], []).append(row)
-    first, second = parts.get("first", {}), parts.get("second", {})
-    lines = [
-        [name, *_retention(first[arm]), _mean(first[arm], "seconds", ".0f", " s")]
-        for arm, name in POOLS.items()
-        if arm in first
-    ]
-    head = ["FAQ", "facts found", "NLL of the answers", "KL", "rise of NLL", "time"]
-    tables = [as_table(head, lines)] if lines else []
-    keys = (("facts", ".0%"), ("facts_after_second", ".0%"))
-    more = (("nll_code", ".2f"), ("kl_general", ".4f"), ("nll_general_rise", "+.3f"))
-    lines = [
-        [arm, *(_mean(rows, *key) for key in keys), _kept(rows), *(_mean(rows, *k) for k in more)]
-        for arm, rows in second.items()
-    ]
-    head = ["then code: teacher, rehearsal", "facts before", "facts after", "kept"]
-    head += ["NLL of code", "KL", "rise of NLL"]
-    tables += [as_table(head, lines)] if lines else []
-    note = ""
-    if tables:
-        note = "\nKL to the base and rise of NLL: nats a token on 60 general answers held out. Mean"
-        note += " over the seeds, with the standard deviation where there are several.\n"
-    for rows in parts.get("evaluation", {}).values():
-        for row in (row for row in rows if "seconds" in row):
-            note += f"Evaluating one adapter, {row['arm']}: {row['seconds']:.0f} s.\n"
-    return "\n".join(tables) + note + source(result)
-
-
-def _retention(rows: list[dict[str, Any]]) -> list[str]:
-    keys = (
-        ("facts", ".0%"), ("nll_task", ".2f"), ("kl_general", ".4f"), ("nll_general_rise", "+.3f"),
-    )  # fmt: skip
-    return [_mean(rows, *key) for key in keys]
-
-
-def _mean(rows: list[dict[str, Any]], key: str, form: str, unit: str = "") -> str:
-    """Mean and deviation of a figure over the seeds that have it; else the error, or nothing."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    if not values:
-        return next((row["error"].split(":")[0] for row in rows if row.get("error")), "")
-    shown = f"{statistics.mean(values):{form}}"
-    if len(values) > 1 and not unit:
-        shown += f" ± {statistics.stdev(values):{form.replace('+', '')}}"
-    return shown + unit
-
-
-def _kept(rows: list[dict[str, Any]]) -> str:
-    """Facts after the second task over those before it."""
-    both = [(r["facts_after_second"], r["facts"]) for r in rows if "facts_after_second" in r]
-    before = sum(b for _, b in both)
-    return f"{sum(a for a, _ in both) / before:.0%}" if before else ""
+    return None if result is None else second_task_table.section(result, as_table) + source(result)
 
 
 def ddp() -> str | None:

@@ -249,3 +249,17 @@ def short_run(tiny_peft, alpaca_rows, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab on this machine alone, for the browser tests of a file."""
+    from browser_lab import Lab, chromium
+
+    chromium()  # skips before a server is started
+    server = Lab(tmp_path_factory.mktemp("lab"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

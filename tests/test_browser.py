@@ -3,22 +3,11 @@
 import re
 
 import pytest
-from browser_lab import ROOT, Browser, Lab, browser, chromium, rows, with_parameters
+from browser_lab import ROOT, Browser, Lab, browser, rows, with_parameters
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # a busy machine takes long
 NOTEBOOKS = ROOT / "notebooks"
 STEPS = 16
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    chromium()  # skips before a server is started
-    server = Lab(tmp_path_factory.mktemp("lab"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture()

@@ -2,7 +2,7 @@
 
 import browser_text
 import pytest
-from browser_lab import Browser, Lab, browser, chromium, notebook_of
+from browser_lab import Browser, Lab, browser, notebook_of
 from browser_text import EVIL, NASTY
 
 from lwf_unsloth.markup import shown
@@ -33,17 +33,6 @@ FIRST_TO_LAST = """(element, part) => {
   }
 }"""
 """Pixels from a text's first character to its last; below 0 it runs from right to left."""
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    chromium()
-    server = Lab(tmp_path_factory.mktemp("text"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
