@@ -396,6 +396,23 @@ def test_fp16_logits_near_the_end_of_their_range_stay_finite(kind):
     assert torch.isfinite(z.grad).all()
 
 
+@pytest.mark.parametrize("temperature", (1.0, 4.0, 8.0))
+@pytest.mark.parametrize("kind", ("forward", "target_masked"))
+def test_in_fp16_a_kl_that_moves_a_whole_token_at_a_high_temperature_keeps_its_gradient(
+    kind, temperature
+):
+    """The gradient of such a row is as large as one gets: T to each of the two tokens."""
+    head = Head(torch.eye(4, dtype=FP16) * 200.0)
+    student = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]], requires_grad=True)
+    teacher, none = student.detach().roll(1, 0), torch.full((2,), -100)
+    options = {"kl": kind, "temperature": temperature, "targets": torch.tensor([3, 3])}
+    lwf_loss(student, none, head, teacher=teacher, **options).total.backward()
+    z = (student.detach() * 200).requires_grad_()
+    lwf_loss_from_logits(z, none, teacher_logits=teacher * 200, **options).total.backward()
+    assert z.grad.abs().max() > temperature / 3, "it is that large"
+    torch.testing.assert_close(student.grad, z.grad * 200, rtol=2e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("n_ce", "n_kl"), ((17.0, 11.0), (1e6, 1e6), (2e6, 3.0)))
 @pytest.mark.parametrize("kind", ("forward", "target_masked"))
 def test_a_grad_scaler_of_65536_neither_overflows_nor_loses_the_gradient_in_fp16(kind, n_ce, n_kl):
