@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
@@ -266,18 +266,26 @@ class _Sweep:
         """The folder of a trial."""
         return self.folder / "trials" / f"trial-{number:04d}"
 
+    def _step_back(self, trial: Any) -> NoReturn:
+        """Ends a trial that no slot needs; it counts nowhere."""
+        import optuna
+
+        trial.set_user_attr("duplicate", True)
+        raise optuna.TrialPruned("Another worker has this slot.")
+
     def _objective(self, trial: Any, study: Any, taken: "_Hold") -> tuple[float, float]:
         """Runs the process of a trial; its result goes into the study."""
         import optuna
 
         trial.set_user_attr("owner", this_worker())
+        slot = trial.user_attrs.get("slot")
+        if slot is None:  # another process took the waiting trial first, and Optuna made a new one
+            self._step_back(trial)
         params = settings(trial, self.plan.space, grid=self.plan.trials is None)
         trial.set_user_attr("params", params)
         taken.release()
-        slot = trial.user_attrs.get("slot")
-        if slot is None or is_second(trial, study):
-            trial.set_user_attr("duplicate", True)
-            raise optuna.TrialPruned("Another worker has this slot.")
+        if is_second(trial, study):
+            self._step_back(trial)
         begun = time.monotonic()
         job = {**self._job(), "params": params}
         result = run_process(self.command, self._place(trial.number), job, self.stop)

@@ -293,6 +293,26 @@ def _owner():
     return this_worker()
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+@pytest.mark.parametrize("text", [GRID, GRID.replace("grid:", "trials: 6\nspace:")])
+def test_a_worker_that_finds_the_waiting_trial_taken_by_another_process_steps_back(place, text):
+    """Between a worker's look and its grasp another process took the last waiting trial."""
+    from lwf_unsloth.sweep import _Hold, _Sweep
+
+    plan = plan_of(place, text)
+    (place / "out" / "trials").mkdir(parents=True)
+    url = f"sqlite:///{place / 'out' / 'study.db'}"
+    sweep = _Sweep(plan, place / "out", url, (sys.executable, str(place / "stand_in.py")))
+    study = sweep.study()
+    trial = study.ask()
+    with pytest.raises(optuna.TrialPruned):
+        sweep._objective(trial, study, _Hold(sweep.taking))
+    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    assert not (place / "out" / "ran.txt").exists() and not sweep.result().trials
+    found = swept(place, text)
+    assert len(found.of("complete")) == 6 and not found.of("failed")
+
+
 @pytest.mark.slow
 def test_two_sweeps_of_one_study_share_the_trials(place):
     text = GRID.replace("{max_steps: 2}", "{max_steps: 2, seconds: 0.3}")
