@@ -12,7 +12,9 @@ import functools
 import logging
 import math
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -187,10 +189,17 @@ class _Sweep:
         self._requeue(study, again=retry_failed)
 
     def _check(self) -> None:
-        """Looks at all settings in a process of its own: libraries and GPU stay out of this one."""
+        """Looks at all settings in a process of its own: libraries and GPU stay out of this one.
+
+        Its folder is its own too, since two sweeps may begin a study at the same moment; that of
+        settings that cannot be run stays, with the log.
+        """
         job = {**self._job(), "corners": list(self.plan.corners())}
-        result = run_process(self.command, self.folder / "trials" / "check", job)
-        if result["state"] != COMPLETE:
+        place = Path(tempfile.mkdtemp(prefix="check-", dir=self.folder / "trials"))
+        result = run_process(self.command, place, job)
+        if result["state"] == COMPLETE:
+            shutil.rmtree(place, ignore_errors=True)
+        else:
             raise ConfigError(f"{self.plan.path} cannot be run. {result.get('reason')}")
 
     def _job(self) -> dict[str, Any]:

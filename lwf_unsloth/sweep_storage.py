@@ -30,7 +30,10 @@ def open_storage(url: str) -> Any:
     for left in reversed(range(TRIES)):
         try:
             with quiet():
-                return optuna.storages.RDBStorage(url, engine_kwargs=wait, **settings)
+                storage = optuna.storages.RDBStorage(url, engine_kwargs=wait, **settings)
+            if url.startswith("sqlite"):
+                _one_at_a_time(storage.engine)
+            return storage
         except Exception as error:  # a kind of error for each database
             if left:
                 time.sleep(PAUSE)
@@ -39,6 +42,32 @@ def open_storage(url: str) -> Any:
             else:
                 raise _no_database(error) from None  # what the library says may hold the password
     raise AssertionError("the last try returns or raises")
+
+
+def _one_at_a_time(engine: Any) -> None:
+    """Lets every transaction of a SQLite file wait for the one before.
+
+    Optuna takes a waiting trial by a SELECT ... FOR UPDATE and an UPDATE. SQLite has no FOR UPDATE,
+    and Python begins a transaction only at the UPDATE, so two processes could take the same trial
+    (seen at 46 to 58 of 60 attempts at the same moment). A database that may only be read is read
+    without the lock.
+    """
+    import sqlalchemy
+
+    def connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # Python's sqlite3 begins nothing by itself
+
+    def begin(connection: Any) -> None:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except sqlalchemy.exc.OperationalError as error:
+            if "readonly" not in str(error):
+                raise
+            connection.exec_driver_sql("BEGIN")
+
+    sqlalchemy.event.listen(engine, "connect", connect)
+    sqlalchemy.event.listen(engine, "begin", begin)
+    engine.dispose()  # connections from before are Python's way
 
 
 def _no_database(error: Exception) -> ConfigError:

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -311,6 +313,42 @@ def test_a_worker_that_finds_the_waiting_trial_taken_by_another_process_steps_ba
     assert not (place / "out" / "ran.txt").exists() and not sweep.result().trials
     found = swept(place, text)
     assert len(found.of("complete")) == 6 and not found.of("failed")
+
+
+def test_a_waiting_trial_is_taken_once_when_two_workers_reach_for_it_at_the_same_moment(tmp_path):
+    from lwf_unsloth.sweep_storage import open_storage
+
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    storages = [open_storage(url) for _ in range(2)]
+    study = optuna.create_study(storage=storages[0])
+    for _ in range(20):
+        study.enqueue_trial({})
+    trials, both = [one._trial_id for one in study.get_trials()], threading.Barrier(2)
+
+    def take(storage):
+        taken = []
+        for trial in trials:
+            both.wait(timeout=30)
+            taken.append(storage.set_trial_state_values(trial, optuna.trial.TrialState.RUNNING))
+        return taken
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(take, storages)
+    assert [a + b for a, b in zip(first, second, strict=True)] == [1] * 20
+
+
+@pytest.mark.slow
+def test_two_sweeps_that_begin_at_the_same_moment_check_the_settings_apart(place):
+    """In one folder, one would take away the result of the other."""
+    text = GRID.replace("[0.5, 1, 2]", "[1]").replace("[4, 8]", "[4]")
+    stand_in = (place / "stand_in.py").read_text()
+    late = stand_in.replace('if "corners" in job:\n', 'if "corners" in job:\n    time.sleep(1)\n')
+    assert late != stand_in
+    (place / "stand_in.py").write_text(late)
+    both = [start(place, text, workers=1) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert len(ran(place)) == 1
+    assert not list((place / "out" / "trials").glob("check*"))
 
 
 @pytest.mark.slow
