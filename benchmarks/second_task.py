@@ -92,11 +92,15 @@ class Bench:
     tokenizer: Any
     rows: Rows
     folder: Path
+    name: str = NAME
+    """File of the result, without suffix."""
     found: list[dict[str, Any]] = field(default_factory=list)
     after_faq: dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]] = field(
         default_factory=dict
     )
     """Seed -> the adapter that has learned the FAQ with general rows, and what was measured."""
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """The steps of the newest training, as they were logged."""
 
     def fresh(self, seed: int) -> None:
         """The adapter as PEFT makes it, from a seed."""
@@ -110,13 +114,19 @@ class Bench:
                 parameters[name].copy_(tensor)
 
     def train(
-        self, part: str, task: Any, rehearsal: Any, seed: int, steps: int, teacher: str = ""
+        self,
+        part: str,
+        task: Any,
+        rehearsal: Any,
+        seed: int,
+        steps: int,
+        teacher: str = "",
+        changes: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One arm from the adapter as it stands; seconds, memory, what the log says."""
-        plain = rehearsal is None
-        changes: dict[str, Any] = {}
-        if plain:
-            changes = {
+        changes = dict(changes or {})
+        if rehearsal is None:
+            changes |= {
                 "lwf_lambda": 0.0, "rehearsal_ratio": 0.0, "gradient_accumulation_steps": 1,
                 "per_device_train_batch_size": TASK_ROWS,
             }  # fmt: skip
@@ -138,7 +148,7 @@ class Bench:
             trainer.train()
         finally:
             trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        log = [line for line in trainer.state.log_history if "task_loss" in line]
+        log = self.log = [line for line in trainer.state.log_history if "task_loss" in line]
         kl = [line["kl_rehearsal"] for line in log[-10:] if "kl_rehearsal" in line]
         return {
             "steps": trainer.state.global_step,
@@ -180,7 +190,7 @@ class Bench:
         print(rounded, flush=True)
         settings = {k: v for k, v in vars(self.options).items() if k not in ("out", "seeds")}
         if self.options.out or not self.options.smoke:
-            write_result(NAME, self.found, settings, self.options.seeds, self.options.out)
+            write_result(self.name, self.found, settings, self.options.seeds, self.options.out)
 
 
 def first(bench: Bench, seed: int, arms: tuple[str, ...] = FIRST) -> None:
