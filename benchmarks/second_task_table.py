@@ -28,7 +28,7 @@ def section(result: dict[str, Any], as_table: Callable[[list[str], list[list[Any
         parts.setdefault(row["part"], {}).setdefault(row["arm"], []).append(row)
     first, second = parts.get("first", {}), parts.get("second", {})
     lines = [
-        [name, *_retention(first[arm]), _mean(first[arm], "seconds", ".0f", " s")]
+        [name, *_retention(first[arm]), mean(first[arm], "seconds", ".0f", " s")]
         for arm, name in POOLS.items()
         if arm in first
     ]
@@ -37,7 +37,7 @@ def section(result: dict[str, Any], as_table: Callable[[list[str], list[list[Any
     keys = (("facts", ".0%"), ("facts_after_second", ".0%"))
     more = (("nll_code", ".2f"), ("kl_general", ".4f"), ("nll_general_rise", "+.3f"))
     lines = [
-        [arm, *(_mean(rows, *key) for key in keys), _kept(rows), *(_mean(rows, *k) for k in more)]
+        [arm, *(mean(rows, *key) for key in keys), _kept(rows), *(mean(rows, *k) for k in more)]
         for arm, rows in second.items()
     ]
     head = ["then code: teacher, rehearsal", "facts before", "facts after", "kept"]
@@ -57,10 +57,10 @@ def _retention(rows: list[dict[str, Any]]) -> list[str]:
     keys = (
         ("facts", ".0%"), ("nll_task", ".2f"), ("kl_general", ".4f"), ("nll_general_rise", "+.3f"),
     )  # fmt: skip
-    return [_mean(rows, *key) for key in keys]
+    return [mean(rows, *key) for key in keys]
 
 
-def _mean(rows: list[dict[str, Any]], key: str, form: str, unit: str = "") -> str:
+def mean(rows: list[dict[str, Any]], key: str, form: str, unit: str = "") -> str:
     """Mean and deviation of a figure over the seeds that have it; else the error, or nothing."""
     values = [row[key] for row in rows if row.get(key) is not None]
     if not values:

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, its own folder stands there instead
 
-from benchmarks import answers_table, ddp_table, second_task_table  # noqa: E402
+from benchmarks import answers_table, ddp_table, schedules_table, second_task_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PLACES = [ROOT / "README.md", ROOT / "README.ja.md", ROOT / "benchmarks" / "README.md"]
@@ -309,16 +309,17 @@ def t4() -> str | None:
     return as_table(["part of notebook 01, gemma-2b", "work", "T4"], lines) + note
 
 
-def self_rehearsal() -> str | None:
-    """The FAQ by kind of rehearsal; then code on top of it, by teacher."""
-    result = read("self_rehearsal")
-    return None if result is None else second_task_table.section(result, as_table) + source(result)
+def _made(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str | None]:
+    """The table of a result file, and its source; None without the file."""
+
+    def table() -> str | None:
+        result = read(name)
+        return None if result is None else make(result) + source(result)
+
+    return table
 
 
-def ddp() -> str | None:
-    """Training on several GPUs."""
-    result = read("ddp")
-    return None if result is None else as_table(*ddp_table.lines(result)) + source(result)
+self_rehearsal = _made("self_rehearsal", lambda made: second_task_table.section(made, as_table))
 
 
 def forgetting() -> str | None:
@@ -339,12 +340,6 @@ def answers() -> str | None:
     return None if made is None or result is None else made + source(result)
 
 
-def demo_answers() -> str | None:
-    """The demo's first held-out questions."""
-    result = read("demo_cpu_answers")
-    return None if result is None else answers_table.demo_answers(result) + source(result)
-
-
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo,
     "gpu": gpu,
@@ -353,11 +348,12 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "fits_t4": fits_t4,
     "hardware": hardware,
     "self_rehearsal": self_rehearsal,
-    "ddp": ddp,
+    "schedules": _made("schedules", lambda made: schedules_table.section(made, as_table)),
+    "ddp": _made("ddp", lambda made: as_table(*ddp_table.lines(made))),
     "forgetting": forgetting,
     "t4": t4,
     "answers": answers,
-    "demo_answers": demo_answers,
+    "demo_answers": _made("demo_cpu_answers", answers_table.demo_answers),
 }
 
 

@@ -251,6 +251,47 @@ def test_the_second_task_runs_on_a_tiny_model(tiny_model_dir, tmp_path):
     assert wrong <= {"self", "snapshot, self"}, "a model of random weights writes nothing of use"
 
 
+def test_the_table_of_schedules_takes_the_ratio_seed_by_seed_and_a_table_for_each_card():
+    from benchmarks.schedules_table import section
+
+    figures = {"facts": 0.8, "nll_task": 0.5, "nll_general_rise": 0.002}
+    rows = [
+        {"arm": arm, "seed": seed, "steps": 60, "kl_general": kl, **figures, **more}
+        for arm, seed, kl, more in (
+            ("constant", 0, 0.02, {}),
+            ("constant", 1, 0.04, {}),
+            ("budget", 0, 0.01, {"lambda_path": [2.0, 3.25, 4.5]}),
+            ("budget", 1, 0.04, {"lambda_path": [2.0, 9.0, 9.0]}),
+        )
+    ]
+    rows.append({"arm": "rank", "seed": 0, "steps": 110, "card": "B", "error": "TrainError: x"})
+    table = section({"meta": {"card": "A"}, "rows": rows}, tables.as_table)
+    assert "| KL budget .02 | 80% ± 0% | 0.50 ± 0.00 | 0.0250 ± 0.0212 | 0.75 (0.50 to 1.00) |" in (
+        table
+    )
+    assert "| 2, 3.25, 4.5 |" in table and "A, 60 steps, seeds 0, 1;" in table
+    assert "| rank 4, from .3 on 16 | TrainError |" in table and "B, 110 steps, seed 0;" in table
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_schedules_runs_on_a_tiny_model_and_goes_on_where_it_was(
+    tiny_model_dir, tmp_path
+):
+    command = [sys.executable, "-m", "benchmarks.schedules", "--smoke", "--out", str(tmp_path)]
+    command += ["--model", str(tiny_model_dir), "--arms"]
+
+    def rows(*arms):
+        run = subprocess.run([*command, *arms], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        return json.loads((tmp_path / "schedules.json").read_text(encoding="utf-8"))["rows"]
+
+    (first,) = rows("linear")
+    assert first["lambda_path"][0] == 4 and first["lambda_path"][-1] < 4
+    both = rows("linear", "budget")
+    assert [row["arm"] for row in both] == ["linear", "budget"], "linear was not run again"
+    assert both[0]["seconds"] == first["seconds"] and not [row for row in both if "error" in row]
+
+
 def test_rows_of_parts_that_are_not_run_again_keep_the_commit_they_were_measured_at(
     tmp_path, monkeypatch
 ):
