@@ -2,15 +2,8 @@
 needs.
 """
 
-import contextlib
 import json
 import logging
-import re
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +16,15 @@ from lwf_unsloth.embedded import EMBEDDED, embedded_name
 from lwf_unsloth.errors import ModelError
 from lwf_unsloth.loaded import LoadedModel
 from lwf_unsloth.model_card import adapter_card
+from lwf_unsloth.replaced_folders import RECORD, new_folder, recover
 from lwf_unsloth.templates import get_template
-from lwf_unsloth.whole_files import sync, sync_folder
+from lwf_unsloth.whole_files import alone_in
 
 logger = logging.getLogger(__name__)
 
-RECORD = "lwf.json"
 WEIGHTS = "adapter_model.safetensors"
 _NOT_FROM_A_FILE = ("trust_remote_code", "device_map", "token", "model_name", "revision")
 """Settings that a folder from elsewhere must not decide, or that belong to another machine."""
-SCRATCH = "[a-z0-9_]{8}"
-"""What mkdtemp adds to a name."""
 _LORA = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
 _LORA_EXTRAS = (
     "use_rslora",
@@ -122,6 +113,8 @@ class AdapterFolder:
     base: BaseIdentity
     record: dict[str, Any]
     """`lwf.json`; empty for an adapter that another tool saved."""
+    stamp: tuple[int, int]
+    """Size and time of change of the weights when the rest was read."""
 
     def base_config(self, base: ModelConfig | str | None) -> ModelConfig:
         """What to load as base: the recorded settings, under the name given or recorded.
@@ -185,7 +178,12 @@ def read_adapter(folder: Path) -> AdapterFolder:
     Raises:
         ModelError: No adapter there, pickled weights only, or another kind than LoRA.
     """
-    recover(folder)
+    with alone_in(folder.parent):  # a save may be about to replace it
+        recover(folder)
+        return _read_adapter(folder)
+
+
+def _read_adapter(folder: Path) -> AdapterFolder:
     config = _read_json(folder / "adapter_config.json")
     if not config:
         raise ModelError(
@@ -212,7 +210,14 @@ def read_adapter(folder: Path) -> AdapterFolder:
         lora={**{key: config[key] for key in _LORA}, **extras},
         base=_recorded_base(record, str(config.get("base_model_name_or_path") or "unknown")),
         record=record,
+        stamp=_stamp(folder / WEIGHTS),
     )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What tells a file from the one that replaced it."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def _recorded_base(record: dict[str, Any], named: str) -> BaseIdentity:
@@ -238,7 +243,8 @@ def fill_adapter(model: Any, saved: AdapterFolder, *, trainable: bool) -> None:
         trainable: Whether its weights may train on.
 
     Raises:
-        ModelError: A weight is missing, too much, or has another shape.
+        ModelError: A weight is missing, too much, or has another shape, or the adapter was replaced
+            since its settings were read.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -247,11 +253,17 @@ def fill_adapter(model: Any, saved: AdapterFolder, *, trainable: bool) -> None:
     name = active_adapter(model)
     try:
         tensors = load_file(saved.folder / WEIGHTS)
+        replaced = _stamp(saved.folder / WEIGHTS) != saved.stamp
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{WEIGHTS} in {str(saved.folder)!r} can't be read ({error}): the file is not whole. "
             "Save or copy it again."
         ) from error
+    if replaced:
+        raise ModelError(
+            f"The adapter in {str(saved.folder)!r} was replaced while it was being loaded, by a "
+            "run that still saves there: its settings would be those of another one. Load it again."
+        )
     have = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     wrong = [f"missing {key}" for key in have if key not in tensors]
     wrong += [f"unexpected {key}" for key in tensors if key not in have]
@@ -272,77 +284,6 @@ def fill_adapter(model: Any, saved: AdapterFolder, *, trainable: bool) -> None:
         model.peft_config[name].inference_mode = True
         model.requires_grad_(False)
         model.eval()
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the target's place by a rename when the block ends well.
-
-    Raises:
-        ModelError: The target holds files that the new one would not replace, or the disk is full
-            or may not be written.
-    """
-    from safetensors import SafetensorError
-
-    recover(target)
-    if target.exists():
-        _check_replaceable(target)
-    scratch = target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        new = scratch / "new"
-        new.mkdir()
-        yield new
-        for path in new.iterdir():
-            with contextlib.suppress(OSError):  # some mounted folders know no modes
-                path.chmod(0o644)  # safetensors writes 0600
-            sync(path)
-        if target.exists():
-            target.rename(scratch / "old")
-        new.rename(target)
-        sync_folder(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{str(target)!r} could not be written ({error}). What was there before is as it was. "
-            "Free space on that disk, make the folder writable, or name another one."
-        ) from error
-    finally:
-        if scratch != target:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def recover(target: Path) -> None:
-    """Puts in place what a save has left whole beside it when it was killed between two renames.
-
-    Folders that a killed save left otherwise are removed when they are an hour old; those of
-    others, whatever their names, are left alone.
-    """
-    name = re.compile(re.escape(f".{target.name}-") + SCRATCH)
-    found = target.parent.iterdir() if target.parent.is_dir() else ()
-    for left in sorted(path for path in found if name.fullmatch(path.name)):
-        if left.is_symlink() or not {path.name for path in left.glob("*")} <= {"new", "old"}:
-            continue
-        if not target.exists() and (left / "old").is_dir():  # "new" was synced before
-            whole = left / ("new" if (left / "new").is_dir() else "old")
-            whole.rename(target)
-            logger.warning("A save of %s was cut off; what it had written is put in place.", target)
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _check_replaceable(target: Path) -> None:
-    """Refuses a target that is no folder, or that holds anything but an adapter or a merged
-    model.
-    """
-    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
-    if not names or RECORD in names:
-        return
-    raise ModelError(
-        f"{str(target)!r} exists and was not written by save_adapter or merge_model (it holds "
-        f"{', '.join(sorted(names)[:5])}): it would be replaced. Name another folder."
-    )
 
 
 def _name_base(path: Path, identity: BaseIdentity) -> None:

@@ -8,11 +8,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lwf_unsloth.adapters import RECORD, active_adapter, adapter_record, new_folder
+from lwf_unsloth.adapters import active_adapter, adapter_record
 from lwf_unsloth.arguments import checked
 from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError, ModelError
 from lwf_unsloth.model_card import adapter_card
+from lwf_unsloth.replaced_folders import RECORD, new_folder
 
 logger = logging.getLogger(__name__)
 

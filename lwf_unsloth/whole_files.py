@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,32 @@ def write_whole_text(path: Path, text: str) -> None:
     A lone surrogate has no UTF-8; it becomes ``\uXXXX``, which in JSON reads back the same.
     """
     write_whole(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds a folder while files in it are moved or read that belong together; others that hold it
+    wait, processes and threads alike.
+
+    Nothing is left in the folder, and the system lets go of it when a process dies. Where a system
+    or a disk has no such locks, and where there is no folder yet, nothing is held. Not to nest.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = None
+    try:
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile has it open too
+            os.close(handle)
 
 
 def sync(path: Path) -> None:

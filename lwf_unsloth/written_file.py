@@ -4,13 +4,15 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lwf_unsloth.errors import DataError
-from lwf_unsloth.whole_files import sync_folder, write_whole, writing
+from lwf_unsloth.whole_files import alone_in, sync_folder, write_whole, writing
 from lwf_unsloth.written_rows import SURPLUS, WrittenReport, WrittenRows
 
 logger = logging.getLogger(__name__)
@@ -54,14 +56,16 @@ def save_written(rows: WrittenRows, path: str | Path) -> Path:
 def _exchange(path: Path, data: bytes, origin: bytes) -> None:
     """Writes both files beside their places; they are moved there when both are whole."""
     contents = {path: data, origin_path(path): origin}
-    beside = {target: target.with_name(f"{target.name}.new") for target in contents}
+    own = f"{os.getpid()}-{threading.get_ident()}.new"  # another process may write the same rows
+    beside = {target: target.with_name(f"{target.name}.{own}") for target in contents}
     try:
         for target, content in contents.items():
             write_whole(beside[target], content)
-        if path.is_file() and path.read_bytes() != data:
-            path.replace(path.with_name(f"{path.name}.old"))
-        for target, new in beside.items():
-            new.replace(target)
+        with alone_in(path.parent):
+            if path.is_file() and path.read_bytes() != data:
+                path.replace(path.with_name(f"{path.name}.old"))
+            for target, new in beside.items():
+                new.replace(target)
         sync_folder(path.parent)
     finally:
         for new in beside.values():
@@ -85,8 +89,9 @@ def load_written(path: str | Path, origin: Mapping[str, Any] | None = None) -> W
     """
     path = Path(path)
     try:
-        head = json.loads(origin_path(path).read_text(encoding="utf-8"))
-        data = path.read_bytes()
+        with alone_in(path.parent):  # both of one writing
+            head = json.loads(origin_path(path).read_text(encoding="utf-8"))
+            data = path.read_bytes()
         found, report = dict(head["origin"]), WrittenReport(**head["report"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

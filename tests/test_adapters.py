@@ -358,7 +358,13 @@ def test_a_save_that_was_killed_between_its_two_renames_is_put_in_place(copy, ca
     assert read_adapter(copy).folder == copy
     assert (copy / "which").read_text() == half[-1] and "was cut off" in caplog.text
     old = time.time() - 7200
-    os.utime(scratch, (old, old))
+    for path in (*scratch.rglob("*"), scratch):
+        os.utime(path, (old, old))
+    (scratch / "new").mkdir()  # of a save that goes on
+    read_adapter(copy)
+    assert (scratch / "new").exists(), "something in it is younger"
+    for path in (scratch / "new", scratch):
+        os.utime(path, (old, old))
     read_adapter(copy)
     assert not scratch.exists(), "what a killed save has left goes after an hour"
 

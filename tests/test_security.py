@@ -329,13 +329,13 @@ def test_every_pin_has_its_hash() -> None:
 
 
 def test_only_what_a_killed_save_left_is_removed_beside_an_adapter(tmp_path) -> None:
-    from lwf_unsloth.adapters import recover
+    from lwf_unsloth.replaced_folders import recover
 
     theirs = (".venv-old", ".a-b-x1y2z3w4", ".a-backup22", ".cache-12345678")
     for name in theirs:
         (tmp_path / name / "keep").mkdir(parents=True)
     (tmp_path / ".a-abcdefgh" / "new").mkdir(parents=True)
-    for path in tmp_path.iterdir():
+    for path in tmp_path.rglob("*"):
         os.utime(path, (1, 1))
     for target in ("venv", "a", "*", "[ab]", "cache"):
         recover(tmp_path / target)
