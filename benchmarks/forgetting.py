@@ -110,7 +110,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def spread(options: argparse.Namespace) -> int:
-    """Starts the workers and waits for them; the first one's exit code that is not 0."""
+    """Starts the workers and waits for all of them; the first exit code that is not 0."""
     command = [sys.executable, "-m", "benchmarks.forgetting", *sys.argv[1:]]
     left = options.limit_seconds - 2 if options.limit_seconds else 0
     own = ["--scratch", str(options.scratch)]
@@ -124,7 +124,8 @@ def spread(options: argparse.Namespace) -> int:
         }
         runs.append(subprocess.Popen([*command, *own, *limit], env=env))
         time.sleep(options.stagger)
-    return next((run.returncode for run in runs if run.wait()), 0)
+    codes = [run.wait() for run in runs]  # of all: they share a folder that ends with this process
+    return next((code for code in codes if code), 0)
 
 
 def _public(words: list[str]) -> list[str]:

@@ -132,6 +132,25 @@ def test_processes_share_the_jobs_and_wait_for_no_dead_one(tmp_path):
     assert other.take(lambda rows: jobs) == (None, False), "no such process: nothing comes of it"
 
 
+def test_a_worker_that_fails_ends_no_other(tmp_path, monkeypatch):
+    waited = []
+
+    class Run:
+        def __init__(self, command, env):
+            self.number = len(waited)
+            waited.append(False)
+
+        def wait(self):
+            waited[self.number] = True
+            return 3 if self.number == 0 else 0
+
+    monkeypatch.setattr(forgetting.subprocess, "Popen", Run)
+    options = forgetting._parser().parse_args(["--workers", "3", "--stagger", "0"])
+    options.scratch = tmp_path
+    assert forgetting.spread(options) == 3
+    assert waited == [True] * 3
+
+
 def test_rows_are_kept_beside_other_models_and_replaced_by_key_and_measured_anew_on_other_data(
     tmp_path, monkeypatch
 ):
