@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._results import RESULTS
+from benchmarks._switches import compile_less
 
 NAME = "alpaca_gemma3_270m"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The row of the run; the comparison of the demo prompts lies in a folder of its name."""
+    compile_less(options.model)
     from lwf_unsloth.backend import prepare
 
     prepare()

@@ -8,6 +8,7 @@ import argparse
 import gc
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ prepare()
 import torch  # noqa: E402
 
 from lwf_unsloth.adapter_dial import scale_adapter  # noqa: E402
-from lwf_unsloth.answer_scores import answer_values  # noqa: E402
+from lwf_unsloth.answer_scores import AnswerValues, answer_values  # noqa: E402
 from lwf_unsloth.config import LwFConfig, ModelConfig  # noqa: E402
 from lwf_unsloth.generation import generate  # noqa: E402
 from lwf_unsloth.leak import given_form  # noqa: E402
@@ -31,8 +32,8 @@ from lwf_unsloth.row_writer import self_rehearsal  # noqa: E402
 from lwf_unsloth.scoring import score  # noqa: E402
 from lwf_unsloth.trainer import LwFTrainer  # noqa: E402
 
-TASK_TOKENS, GENERAL_TOKENS = 64, 64
-"""Most tokens of an answer: a query (the longest has 58), and the start of a general answer."""
+TOKENS = 64
+"""Most tokens of an answer: a query (the longest has 58), or the start of a general answer."""
 SELF_ROWS = 200
 Items = dict[str, dict[str, str]]
 
@@ -113,6 +114,8 @@ class Bench:
         }
         del trainer
         gc.collect()
+        if on_cuda():
+            torch.cuda.empty_cache()  # other processes share the card
         return row
 
     def pool(self, name: str) -> Any:
@@ -130,6 +133,7 @@ class Bench:
                 self.tokenizer,
                 rows=4 if smoke else SELF_ROWS,
                 max_new_tokens=48 if smoke else 128,
+                batch_size=SELF_ROWS if on_cuda() else None,
                 progress=False,
                 **more,
             )
@@ -146,8 +150,8 @@ class Bench:
             for rows in (data.test, data.general)
         )
         web = score(self.model, self.tokenizer, data.web, batch_size=size) if data.web else None
-        right, ended = self._answers()
-        leaks, ended_general = self._leaks()
+        answers, leaks, ended_general = self._answers()
+        right, ended = answers.right, answers.ended
         assert (
             task.base_nll is not None
             and task.row_base_nll
@@ -185,25 +189,24 @@ class Bench:
             "general_tokens": " ".join(map(str, general.row_tokens)),
         }
 
-    def _asked(self, rows: Any, tokens: int) -> Any:
-        """Greedy answers to rows."""
-        return generate(
-            self.model, self.tokenizer, _prompts(rows),
-            max_new_tokens=4 if self.options.smoke else tokens,
+    def _answers(self) -> tuple[AnswerValues, tuple[float, ...], tuple[float, ...]]:
+        """Greedy answers to test and general rows, in batches of both: a decoding step takes the
+        CPU as long for many rows as for few.
+
+        Returns:
+            Whether each query is right and ended by itself; of each general answer whether it is
+            in SQL, and whether it ended by itself.
+        """
+        test, general = self.data.test, self.data.general
+        found = generate(
+            self.model, self.tokenizer, _prompts([*test, *general]),
+            max_new_tokens=4 if self.options.smoke else TOKENS,
             batch_size=self.options.answer_batch,
         )  # fmt: skip
-
-    def _answers(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Whether each query is right, and ended by itself."""
-        found = self._asked(self.data.test, TASK_TOKENS)
-        values = answer_values(found, self.data.test, exact_sql)
-        return values.right, values.ended
-
-    def _leaks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Whether each general answer is in SQL, and ended by itself."""
-        found = self._asked(self.data.general, GENERAL_TOKENS)
-        flags = given_form(LEAK).flags(answer.text for answer in found)
-        return flags, tuple(float(answer.stop == "eos") for answer in found)
+        queries, prose = found.answers[: len(test)], found.answers[len(test) :]
+        values = answer_values(replace(found, answers=queries), test, exact_sql)
+        flags = given_form(LEAK).flags(answer.text for answer in prose)
+        return values, flags, tuple(float(answer.stop == "eos") for answer in prose)
 
     def _skills(self) -> dict[str, float]:
         """Accuracy by task of the harness, where some were asked for."""

@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks._forgetting_arms import FROZEN, NAMES, Job, Row, plan, unavailable
 from benchmarks._forgetting_store import Store
 from benchmarks._results import RESULTS
+from benchmarks._switches import compile_less
 
 PLACES = ("--data", "--out", "--model-path")
 FIRST_SECONDS = 120.0
@@ -152,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="None takes bf16 where the device has it")
     parser.add_argument("--rows", type=int, help="only so many rows of each kind")
     parser.add_argument("--score-batch", type=int, default=64)
-    parser.add_argument("--answer-batch", type=int, default=264)
+    parser.add_argument("--answer-batch", type=int, default=368)
     parser.add_argument("--benchmarks", nargs="*", default=[], help="e.g. local_piqa local_siqa")
     parser.add_argument("--benchmark-items", type=int, default=400)
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="fill a folder for --data")
@@ -169,6 +170,7 @@ def main() -> int:
     """The command; its exit code."""
     started, options = time.monotonic(), _parser().parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars would fill the log
+    compile_less(options.model)
     if options.prepare:
         from benchmarks import _sql_task
 
