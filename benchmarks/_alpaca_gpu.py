@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from lwf_unsloth.backend import prepare
 
     prepare()
+    from benchmarks.main_job_gpu import keep
     from lwf_unsloth.config import ModelConfig
     from lwf_unsloth.model import load_model
 
@@ -56,10 +58,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     row = {**chosen.row, "loaded": str(model.lwf_loaded), "candidates": "; ".join(tried)}
     row |= job.measured("", chosen.answers)
     print(json.dumps(row, indent=1), f"{time.perf_counter() - started:.0f} s", flush=True)
-    if beside and (chosen.steps, chosen.rate) == candidates(options)[0]:
-        row |= beside()
-    else:
-        row |= job.lambda0(chosen.steps, chosen.rate)
+    # A run that is cut off from here on leaves this row; else the whole one takes its place.
+    keep({"run": NAME, **row, "error": "ended before lambda 0"}, options)
+    try:
+        first = (chosen.steps, chosen.rate) == candidates(options)[0]
+        row |= beside() if beside and first else job.lambda0(chosen.steps, chosen.rate)
+    except Exception as error:  # what was measured before still counts
+        traceback.print_exc()
+        row["error"] = f"lambda 0: {type(error).__name__}: {error}"[:400]
     row["seconds_total"] = round(time.perf_counter() - started, 1)
     return row
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,26 @@ from benchmarks._results import RESULTS, ROOT, write_result
 
 NAME = "main_job_gpu"
 GIB = 2**30
+PATIENCE = 15.0
+"""Seconds that an interrupted test process has for its report."""
+
+
+def keep(row: dict[str, Any], options: argparse.Namespace) -> None:
+    """Puts a run's row into the result files, in the place of its last one."""
+    if options.lambda0_to is not None:  # the other process writes the whole row
+        return
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(options).items()
+        if key not in ("run", "out", "folder", "rows", "wiki", "lambda0_to")
+    }
+    for folder in dict.fromkeys([None if options.smoke else RESULTS, options.out]):
+        if folder:
+            save(row, settings, options.seed, folder)
 
 
 def save(row: dict[str, Any], settings: dict[str, Any], seed: int, folder: Path) -> None:
-    """Puts a run's row into the result file, in the place of its last one."""
+    """Puts a run's row into one result file."""
     path = folder / f"{NAME}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rows = [old for old in before.get("rows", []) if old["run"] != row["run"]]
@@ -43,10 +60,12 @@ def gpu_tests(options: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.perf_counter()
     files = sorted((ROOT / "tests").glob("test_gpu_*.py"))
+    files = [path for path in files if not options.tests or path.stem[9:] in options.tests]
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     with tempfile.TemporaryDirectory() as scratch:
         runs = [(path.stem, *_start(path, Path(scratch))) for path in files]
-        crashed = [name for name, run, _ in runs if run.wait() not in (0, 1)]
+        until = started + (options.limit_seconds or math.inf)
+        crashed = [name for name, run, _ in runs if _ended(run, until) not in (0, 1, 5)]
         logs = {name: log.read_text(errors="replace") for name, _, log in runs}
         for name in logs:
             report = Path(scratch) / f"{name}.xml"
@@ -59,13 +78,31 @@ def gpu_tests(options: argparse.Namespace) -> dict[str, Any]:
         whole = "\n".join(f"===== {name}\n{log}" for name, log in logs.items())
         (options.out / "gpu_tests.log").write_text(whole, encoding="utf-8")
     failed = counts["failures"] + counts["errors"] + len(crashed)
-    row = {
+    row: dict[str, Any] = {
         "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"],
         "failed": failed,
         "skipped": counts["skipped"],
         "seconds": round(time.perf_counter() - started, 1),
     }
-    return {**row, "error": f"crashed: {', '.join(crashed)}"} if crashed else row
+    if crashed:
+        row["error"] = f"crashed or interrupted: {', '.join(crashed)}"
+    elif not row["passed"]:
+        row["error"] = "no test ran"
+    return row
+
+
+def _ended(run: subprocess.Popen[bytes], until: float) -> int:
+    """Waits for a process, till a time; then it is interrupted, which pytest tells and counts."""
+    left = max(0.0, until - time.perf_counter())
+    try:
+        return run.wait(left if math.isfinite(left) else None)
+    except subprocess.TimeoutExpired:
+        run.send_signal(signal.SIGINT)
+    try:
+        return run.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        return run.wait()
 
 
 def _start(path: Path, scratch: Path) -> tuple[subprocess.Popen[bytes], Path]:
@@ -163,6 +200,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--steps", type=int, help="optimizer steps")
+    tests = parser.add_argument_group("gpu_tests")
+    tests.add_argument("--tests", nargs="*", metavar="NAME", help="of test_gpu_NAME.py; all")
+    tests.add_argument("--limit-seconds", type=float, help="what still runs then is interrupted")
     shape = parser.add_argument_group("gemma2b_shape")
     shape.add_argument("--folder", type=Path, help="the model; made where it is not there")
     shape.add_argument("--free-gib", type=float, default=14.0)
@@ -211,15 +251,7 @@ def main() -> None:
             row = {"run": name, "error": f"{type(error).__name__}: {error}"[:400]}
         failed = failed or "error" in row or bool(row.get("failed"))
         print(json.dumps(row, indent=1), flush=True)
-        settings = {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in vars(options).items()
-            if key not in ("run", "out", "folder", "rows", "wiki", "lambda0_to")
-        }
-        part = options.lambda0_to is not None  # the other process writes the whole row
-        for folder in dict.fromkeys([None if options.smoke else RESULTS, options.out]):
-            if folder and not part:
-                save(row, settings, options.seed, folder)
+        keep(row, options)
     sys.exit(failed)
 
 
