@@ -41,6 +41,9 @@ class Panel(ipw.VBox):
         """What the last message of an error was made from."""
         self.run = next_run(folder)
         self._worker: threading.Thread | None = None
+        self._working = False
+        self._turn = threading.RLock()
+        """Held by who shows what is so now: the worker at its end, or a click meanwhile."""
         self._drawn, self._row, self._own = 0.0, -1, session.model is not None
         super().__init__(self.parts.box())
         self.add_class("lwf-panel")
@@ -96,6 +99,10 @@ class Panel(ipw.VBox):
 
     def _refresh(self) -> None:
         """The preflight's verdict and the code, after a setting has changed."""
+        with self._turn:  # else the worker's verdict on older settings could come last
+            self._verdict()
+
+    def _verdict(self) -> None:
         parts, plan = self.parts, self.plan
         own = plan.rehearsal.kind in ("instructions", "texts")
         parts.rehearsal_path.layout.display = None if own else "none"
@@ -213,7 +220,7 @@ class Panel(ipw.VBox):
     @property
     def busy(self) -> bool:
         """Whether work is under way."""
-        return self._worker is not None and self._worker.is_alive()
+        return self._working
 
     def _start(
         self, place: str, doing: str, work: Callable[[], str], *, measure: bool = False
@@ -226,14 +233,17 @@ class Panel(ipw.VBox):
             work: Returns the message as HTML.
             measure: Whether the preflight's longest row may have changed.
         """
-        if self.busy:
-            text = "Something else is under way; wait until it has ended, or press Stop."
-            self.parts.said[place].value = message(text, "warn")
-            return
-        self.parts.said[place].value = message(doing, "wait")
-        self._free(busy=True, training=place == "training")
-        self._worker = threading.Thread(target=self._work, args=(place, work, measure), daemon=True)
-        self._worker.start()
+        with self._turn:
+            if self.busy:
+                text = "Something else is under way; wait until it has ended, or press Stop."
+                self.parts.said[place].value = message(text, "warn")
+                return
+            self.parts.said[place].value = message(doing, "wait")
+            self._free(busy=True, training=place == "training")
+            given = (place, work, measure)
+            self._worker = threading.Thread(target=self._work, args=given, daemon=True)
+            self._working = True
+            self._worker.start()
 
     def _work(self, place: str, work: Callable[[], str], measure: bool) -> None:
         """In the thread: no error leaves it but as a message."""
@@ -247,7 +257,9 @@ class Panel(ipw.VBox):
         self._refresh()
         if measure and self.error and not done.error:
             self.parts.said["fit"].value = message(measured.trouble, "bad")
-        self._free()
+        with self._turn:  # a button that can be pressed does something, though this has yet to end
+            self._working = False
+            self._free()
 
     def _measure(self) -> str:
         self.session.measure(self.plan)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from datetime import UTC, datetime
 
 import pytest
@@ -17,6 +18,7 @@ from lwf_unsloth.panel_parts import message, uploads
 from lwf_unsloth.teacher import trained_tensors
 from lwf_unsloth.widgets import Panel
 
+pytestmark = pytest.mark.timeout(900)  # a busy machine takes long
 EVIL = "<script>alert(1)</script>"
 SMALL = {"max_steps": 4, "learning_rate": 2e-3, "rehearsal_ratio": 0.25, "max_length": 96}
 
@@ -52,7 +54,7 @@ def made(tiny_peft, tmp_path, rows_file):
 
 
 def done(panel: Panel) -> None:
-    assert panel.wait(60), "the work did not end"
+    assert panel.wait(600), "the work did not end"
 
 
 def said(panel: Panel, place: str) -> str:
@@ -157,6 +159,31 @@ def test_a_batch_that_does_not_fit_is_told_beside_the_settings(made, monkeypatch
     monkeypatch.setattr(preflight, "free_memory", lambda: 30 * 2**20)
     made.parts.numbers["per_device_train_batch_size"].value = 64
     assert "does not fit" in said(made, "fit") and "Largest that fits" in said(made, "fit")
+
+
+def test_a_button_that_can_be_pressed_does_something_while_the_last_work_is_ending(made):
+    seen = []
+    made.parts.train.observe(lambda change: seen.append((change["new"], made.busy)), "disabled")
+    made.parts.check.click()
+    done(made)
+    assert seen[-1] == (False, False) and len(seen) == 2
+
+
+def test_the_verdict_shown_last_is_that_on_the_newest_settings(made, monkeypatch):
+    """A person changes a setting while the work's end looks at the older ones."""
+    fit, number = made.session.fit, made.parts.numbers["lwf_lambda"]
+    person = threading.Thread(target=lambda: setattr(number, "value", -1))
+
+    def slow(plan):
+        if person.ident is None:
+            person.start()
+            person.join(0.5)  # it waits for its turn
+        return fit(plan)
+
+    monkeypatch.setattr(made.session, "fit", slow)
+    made._refresh()
+    person.join()
+    assert "lwf_lambda is -1" in said(made, "fit")
 
 
 def test_a_model_needs_its_tokenizer():
