@@ -135,6 +135,11 @@ class BestAdapter(TrainerCallback):
         self.best: Reading | None = None
 
     @property
+    def writes_to(self) -> Path:
+        """The folder that a trainer of ours holds for this run."""
+        return self.folder
+
+    @property
     def adapter(self) -> Path:
         """Folder of the best adapter so far, for `load_adapter`."""
         return self.folder / ADAPTER

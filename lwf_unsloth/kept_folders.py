@@ -1,21 +1,28 @@
 """Folders made once for a machine: listed and hashed in a manifest, made behind a file lock, put in
-place by one rename.
+place by one rename. And folders that one run at a time writes to.
 """
 
 import contextlib
 import functools
 import json
 import logging
+import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lwf_unsloth.errors import LwfError
+from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.gguf_files import sha256
-from lwf_unsloth.whole_files import sync, sync_folder
+from lwf_unsloth.whole_files import sync, sync_folder, writing
 
 logger = logging.getLogger(__name__)
+
+RUN_LOCK = ".lwf_run.lock"
+PATIENCE = 10.0
+"""Seconds that a held folder is waited for: what a killed run had forked (a data loader's workers)
+holds it until it sees that the run is gone."""
 
 
 def write_manifest(path: Path, about: dict[str, Any]) -> None:
@@ -99,3 +106,42 @@ def locked(
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a run's folder, which is made, against other runs for as long as the block takes.
+
+    Raises:
+        ConfigError: Another run holds it: two would write into each other's checkpoints.
+        DiskError: The folder may not be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / RUN_LOCK
+    lock = FileLock(path)
+    try:
+        with writing(folder):
+            lock.acquire(timeout=PATIENCE)
+    except Timeout as late:
+        raise ConfigError(
+            f"{str(folder)!r} is in use by another run ({_holder(path) or 'of unknown process'}): "
+            "the files of both would be mixed. Wait until it has ended, or end it; then a resume "
+            "can go on there. Or take another folder (output_dir) for this run."
+        ) from late
+    try:
+        if _holder(path) is not None:
+            own = f"process {os.getpid()} on {socket.gethostname()}"
+            path.write_text(f"{own}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str | None:
+    """Who wrote into a lock's file, "" where none has; None where its text is not ours to write."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return text if not text or text.startswith("process ") else None

@@ -3,6 +3,8 @@ a resume.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from lwf_unsloth.checkpoints import (
 )
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.guard import FiniteSteps
+from lwf_unsloth.kept_folders import held
 from lwf_unsloth.locks import model_lock
 from lwf_unsloth.log_window import LogWindow
 from lwf_unsloth.memory import free_memory
 from lwf_unsloth.out_of_memory import explained, is_out_of_memory
+from lwf_unsloth.ranks import together
 from lwf_unsloth.run_record import RunRecord
 from lwf_unsloth.teacher_cache import CachedTeacher
 from lwf_unsloth.trained_template import train_in
@@ -58,10 +62,31 @@ class Resuming(Trainer):
         anew without one.
 
         Raises:
-            ConfigError: The checkpoint comes from another run.
+            ConfigError: The checkpoint comes from another run, or another one trains in a folder
+                that this one would write to.
             DoesNotFit: Memory ran out; says in which part and what to lower.
             ModelError: A checkpoint could not be written, or no gradient is finite any more.
         """
+        with self._alone():
+            return self._train_alone(resume_from_checkpoint, **kwargs)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Holds the folders of the run's files: output_dir where it gets checkpoints, and what a
+        callback says in `writes_to`.
+        """
+        args = self.args
+        found = [Path(args.output_dir)] if args.save_strategy != "no" else []
+        callbacks = self.callback_handler.callbacks
+        found += [one.writes_to for one in callbacks if getattr(one, "writes_to", None)]
+        with ExitStack() as holds:
+            with together("take the run's folder"):
+                for folder in {one.resolve(): one for one in found}.values():
+                    if args.process_index == 0:
+                        holds.enter_context(held(folder))
+            yield
+
+    def _train_alone(self, resume_from_checkpoint: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = common_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

@@ -11,6 +11,7 @@ from lwf_unsloth.alpaca import encode_rows
 from lwf_unsloth.batches import IGNORED, prompt_length
 from lwf_unsloth.config import LwFConfig
 from lwf_unsloth.errors import ConfigError, DataError
+from lwf_unsloth.kept_folders import held
 from lwf_unsloth.ranks import from_first
 from lwf_unsloth.rehearsal import drop_overlap, rehearsal_count
 from lwf_unsloth.row_writer import self_rehearsal, writer_identity
@@ -168,16 +169,17 @@ def written_rehearsal(
             kept = _of_interrupted(path, writer_identity(writer, tokenizer, adapter), wanted, args)
             if kept is not None:
                 return kept
-        return self_rehearsal(
-            writer,
-            tokenizer,
-            rows=wanted,
-            seed=args.seed,
-            adapter=adapter,
-            path=path,
-            rewrite=True,
-            progress=not args.disable_tqdm,
-        )
+        with held(path.parent):  # none writes over rows that another run trains on
+            return self_rehearsal(
+                writer,
+                tokenizer,
+                rows=wanted,
+                seed=args.seed,
+                adapter=adapter,
+                path=path,
+                rewrite=True,
+                progress=not args.disable_tqdm,
+            )
 
     return from_first(write, "write rehearsal rows")
 

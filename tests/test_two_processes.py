@@ -5,13 +5,18 @@ one from the other.
 """
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from lwf_unsloth.errors import ModelError
+from lwf_unsloth.errors import ConfigError, ModelError
+from lwf_unsloth.kept_folders import held
 
+ROOT = Path(__file__).resolve().parent.parent
 LORA = {"peft_type": "LORA", "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none"}
 
 
@@ -48,11 +53,11 @@ def test_adapters_that_are_saved_and_read_at_once_in_one_folder_are_each_whole(t
     save_small(place, 1)
 
     def save(first):
-        for rank in range(first, first + 20):
+        for rank in range(first, first + 10):
             save_small(place, rank)
 
     def read():
-        for _ in range(100):
+        for _ in range(50):
             found = read_adapter(place)
             assert found.lora["r"] == found.record["r"] == found.stamp[0]
 
@@ -92,3 +97,74 @@ def test_rows_that_are_written_and_read_at_once_in_one_file_are_those_of_one_wri
     at_once(lambda: write("first"), lambda: write("second"), read)
     names = {"rows.jsonl", "rows.jsonl.old", "rows.jsonl.origin.json"}
     assert {one.name for one in tmp_path.iterdir()} <= names
+
+
+# ------------------------------------------------------------------ runs
+
+
+def take(folder):
+    """A process that holds a run's folder until its standard input ends."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lwf_unsloth.kept_folders import held\n"
+        "with held(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    ends = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **ends)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+@pytest.fixture()
+def impatient(monkeypatch):
+    monkeypatch.setattr("lwf_unsloth.kept_folders.PATIENCE", 0.1)
+
+
+def test_a_second_training_in_the_same_folder_is_refused_and_goes_on_when_the_first_has_died(
+    make_trainer, tmp_path, impatient
+):
+    """Else a checkpoint would be files of the one and files of the other, listed as whole."""
+    run = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer(**run)
+    other = take(tmp_path / "run")
+    try:
+        for resume in (None, True):
+            with pytest.raises(ConfigError, match=rf"another run .process {other.pid} on"):
+                trainer.train(resume_from_checkpoint=resume)
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+    finally:
+        other.kill()
+        other.wait()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(trainer.guard, "on_save", lambda *a, **k: 1 / 0)
+        trainer.train()
+    with held(tmp_path / "run"):  # what ends by an error has let go of it
+        pass
+    trainer.train(resume_from_checkpoint=True)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+def test_rows_are_not_written_over_in_the_folder_of_a_run_that_trains(
+    tiny_peft, settings, tmp_path, impatient
+):
+    from lwf_unsloth.train_data import written_rehearsal
+
+    given = (*tiny_peft(), settings(save_strategy="steps"), [{}] * 4)
+    with held(tmp_path / "run"), pytest.raises(ConfigError, match="in use by another run"):
+        written_rehearsal("self", *given)
+    assert not (tmp_path / "run" / "rehearsal.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_cannot_keep_their_best_adapters_in_one_folder(
+    make_trainer, tmp_path, alpaca_rows, impatient
+):
+    from lwf_unsloth.best_adapter import BestAdapter
+
+    trainer, rows = make_trainer(max_steps=1), alpaca_rows(2)
+    best = {"task": rows, "general": alpaca_rows(2, "keep"), "folder": tmp_path / "best"}
+    trainer.add_callback(BestAdapter(trainer.model, trainer.processing_class, **best))
+    with held(tmp_path / "best"), pytest.raises(ConfigError, match="best' is in use"):
+        trainer.train()
+    assert not (tmp_path / "best" / "history.jsonl").exists()
+    trainer.train()
+    assert len((tmp_path / "best" / "history.jsonl").read_text().splitlines()) == 1
