@@ -15,9 +15,19 @@ collect_ignore_glob = [] if shutil.which("nvidia-smi") else ["test_gpu_*.py"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONGEST = 1800
+"""Seconds of a test that trains, browses or starts processes, before it counts as hanging. The
+longest takes two minutes where nothing else runs; what runs beside it may make it ten times as
+long."""
+
+
 def pytest_collection_modifyitems(items):
     """The real demo takes longer than all others together: it goes first, they go beside it."""
     items.sort(key=lambda item: "test_the_real_demo" not in item.nodeid)
+    for item in items:
+        long = any(map(item.get_closest_marker, ("slow", "notebook", "browser")))
+        if long and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONGEST))
 
 
 SENTENCES = [

@@ -458,7 +458,6 @@ def test_merging_to_four_bits_is_refused(saved, tiny_model_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_merging_keeps_the_tokens_that_the_16_bit_base_would_change(tmp_path):
     import torch
     from peft import PeftModel

@@ -548,7 +548,6 @@ def check_real(folder, ids) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_smollm2_knows_english_and_its_end_token(real_cache):
     folder = embedded_model("smollm2-135m-instruct")
     check_real(folder, (1, 2, 0))
@@ -557,7 +556,6 @@ def test_smollm2_knows_english_and_its_end_token(real_cache):
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.timeout(900)
 def test_gemma_knows_english_once_its_tokenizer_is_rebuilt(real_cache):
     folder = embedded_model("gemma-3-270m")
     check_real(folder, (2, 1, 0))
