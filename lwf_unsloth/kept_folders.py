@@ -7,7 +7,9 @@ import functools
 import json
 import logging
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +65,19 @@ def is_whole(manifest: Path, needed: Iterable[str] = ()) -> bool:
 def _sha256_once(path: Path, size: int, changed: int) -> str:
     """`sha256`, remembered for as long as the file's size and time of change stay the same."""
     return sha256(path)
+
+
+@contextmanager
+def making(target: Path) -> Iterator[Path]:
+    """A folder beside the target to make it in; what a killed making has left there goes.
+
+    The caller holds the target's lock.
+    """
+    prefix = f"fetch-{target.name}-"
+    for left in target.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as scratch:
+        yield Path(scratch)
 
 
 def put_in_place(new: Path, target: Path, scratch: Path) -> None:

@@ -10,7 +10,6 @@ import json
 import logging
 import random
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from lwf_unsloth.embedded import cache_dir
 from lwf_unsloth.errors import DataError, ModelError
 from lwf_unsloth.gguf_files import Part, fetch_file, sha256
-from lwf_unsloth.kept_folders import is_whole, locked, put_in_place, write_manifest
+from lwf_unsloth.kept_folders import is_whole, locked, making, put_in_place, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -191,14 +190,14 @@ def _is_whole(folder: Path) -> bool:
 
 def _make(target: Path) -> None:
     """Fetches and converts all sets. The caller holds the lock."""
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
-        new = Path(scratch) / "skills"
+    with making(target) as scratch:
+        new = scratch / "skills"
         new.mkdir()
         for name, skill in SKILLS.items():
             file = new / f"{name}.jsonl"
-            file.write_text("".join(_lines(name, skill, Path(scratch))), encoding="utf-8")
+            file.write_text("".join(_lines(name, skill, scratch)), encoding="utf-8")
         write_manifest(new / MANIFEST, {"package": f"{PACKAGE}=={VERSION}", "form": FORM})
-        put_in_place(new, target, Path(scratch))
+        put_in_place(new, target, scratch)
 
 
 def _lines(name: str, skill: Skill, scratch: Path) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lwf_unsloth.errors import ConfigError, ModelError
-from lwf_unsloth.kept_folders import held
+from lwf_unsloth.kept_folders import held, locked, making
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = {"peft_type": "LORA", "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none"}
@@ -168,3 +168,31 @@ def test_two_runs_cannot_keep_their_best_adapters_in_one_folder(
     assert not (tmp_path / "best" / "history.jsonl").exists()
     trainer.train()
     assert len((tmp_path / "best" / "history.jsonl").read_text().splitlines()) == 1
+
+
+# ------------------------------------------------------------------ the cache of models and sets
+
+
+def test_the_process_that_waits_goes_on_when_the_one_that_makes_a_folder_is_killed(tmp_path):
+    """And takes away what the killed one has left half made, which could be gigabytes."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from lwf_unsloth.errors import ModelError\n"
+        "from lwf_unsloth.kept_folders import locked, making\n"
+        "target = Path(sys.argv[1])\n"
+        "with locked(target, 1, 'making', 'it takes a second', ModelError):\n"
+        "    with making(target) as scratch:\n"
+        "        (scratch / 'half').write_text('x')\n"
+        "        print('half', flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    target = tmp_path / "model"
+    command = [sys.executable, "-c", code, str(target)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    assert first.stdout.readline() == b"half\n"
+    threading.Timer(0.3, first.kill).start()
+    (tmp_path / "fetch-other-12345678").mkdir()  # another model's, made under another lock
+    with locked(target, 1, "making", "it takes a second", ModelError), making(target) as scratch:
+        assert first.wait() and list(scratch.iterdir()) == []
+        assert len(list(tmp_path.glob("fetch-model-*"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"model.lock", "fetch-other-12345678"}
