@@ -3,6 +3,7 @@ place by one rename. And folders that one run at a time writes to.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -25,6 +26,8 @@ RUN_LOCK = ".lwf_run.lock"
 PATIENCE = 10.0
 """Seconds that a held folder is waited for: what a killed run had forked (a data loader's workers)
 holds it until it sees that the run is gone."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a disk says that has no file locks, as mounted network folders may."""
 
 
 def write_manifest(path: Path, about: dict[str, Any]) -> None:
@@ -134,7 +137,10 @@ def held(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = folder / RUN_LOCK
-    lock = FileLock(path)
+    try:  # a lock by the file's mere presence would outlive a runtime that was cut off
+        lock = FileLock(path, fallback_to_soft=False)
+    except TypeError:  # filelock before 4 has no such lock to fall back to
+        lock = FileLock(path)
     try:
         with writing(folder):
             lock.acquire(timeout=PATIENCE)
@@ -144,6 +150,12 @@ def held(folder: Path) -> Iterator[None]:
             "the files of both would be mixed. Wait until it has ended, or end it; then a resume "
             "can go on there. Or take another folder (output_dir) for this run."
         ) from late
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        logger.warning("The disk of %s has no locks: keep other runs out of it yourself.", folder)
+        yield
+        return
     try:
         if _holder(path) is not None:
             own = f"process {os.getpid()} on {socket.gethostname()}"

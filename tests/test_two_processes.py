@@ -4,7 +4,9 @@ Threads stand for processes where what keeps them apart (locks of open files, re
 one from the other.
 """
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -141,6 +143,21 @@ def test_a_second_training_in_the_same_folder_is_refused_and_goes_on_when_the_fi
         pass
     trainer.train(resume_from_checkpoint=True)
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_told_and_trained_on(tmp_path, monkeypatch, caplog, number):
+    import fcntl
+
+    def flock(*given):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with held(tmp_path / "run"):
+        pass
+    assert "no locks" in caplog.text
+    with held(tmp_path / "run"):  # nothing of the first is in the way
+        pass
 
 
 def test_rows_are_not_written_over_in_the_folder_of_a_run_that_trains(
