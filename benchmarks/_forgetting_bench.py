@@ -28,6 +28,7 @@ from lwf_unsloth.config import LwFConfig, ModelConfig  # noqa: E402
 from lwf_unsloth.generation import generate  # noqa: E402
 from lwf_unsloth.leak import given_form  # noqa: E402
 from lwf_unsloth.model import load_model  # noqa: E402
+from lwf_unsloth.precision import autocast_off  # noqa: E402
 from lwf_unsloth.row_writer import self_rehearsal  # noqa: E402
 from lwf_unsloth.scoring import score  # noqa: E402
 from lwf_unsloth.trainer import LwFTrainer  # noqa: E402
@@ -100,7 +101,7 @@ class Bench:
         try:
             trainer.train()
         finally:
-            trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            autocast_off(trainer)
         log = trainer.state.log_history
         losses = [line.get("task_loss", line.get("loss")) for line in log]
         kl = [line["kl_rehearsal"] for line in log if line.get("kl_rehearsal") is not None]

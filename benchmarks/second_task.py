@@ -35,6 +35,7 @@ from lwf_unsloth.demo import TASK_ROWS, training_settings  # noqa: E402
 from lwf_unsloth.demo_data import HELD_OUT_SEED  # noqa: E402
 from lwf_unsloth.generation import generate  # noqa: E402
 from lwf_unsloth.model import load_model  # noqa: E402
+from lwf_unsloth.precision import autocast_off  # noqa: E402
 from lwf_unsloth.samples import sample_path  # noqa: E402
 from lwf_unsloth.scoring import score  # noqa: E402
 from lwf_unsloth.teacher import OwnTeacher, trained_tensors  # noqa: E402
@@ -147,7 +148,7 @@ class Bench:
         try:
             trainer.train()
         finally:
-            trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            autocast_off(trainer)
         log = self.log = [line for line in trainer.state.log_history if "task_loss" in line]
         kl = [line["kl_rehearsal"] for line in log[-10:] if "kl_rehearsal" in line]
         return {

@@ -25,6 +25,7 @@ from lwf_unsloth.demo_data import DemoData, demo_data
 from lwf_unsloth.demo_view import DemoView, pairs
 from lwf_unsloth.generation import DEMO_PROMPTS, generate
 from lwf_unsloth.model import default_model, load_model
+from lwf_unsloth.precision import autocast_off
 from lwf_unsloth.scoring import score
 from lwf_unsloth.teacher import trained_tensors
 from lwf_unsloth.trainer import LwFTrainer
@@ -175,8 +176,7 @@ def _train(model: Any, tokenizer: Any, data: DemoData, args: LwFConfig, view: De
     try:
         trainer.train()
     finally:
-        # Off with the trainer's autocast: answers are then those of the saved adapter, loaded anew.
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        autocast_off(trainer)
     return trainer
 
 

@@ -22,6 +22,7 @@ from lwf_unsloth.generation import generate
 from lwf_unsloth.locks import model_lock
 from lwf_unsloth.model import load_model
 from lwf_unsloth.panel_code import SAMPLES, PanelPlan, Rehearsal
+from lwf_unsloth.precision import autocast_off
 from lwf_unsloth.preflight import Fit, fits
 from lwf_unsloth.samples import sample_path
 from lwf_unsloth.teacher import trained_tensors
@@ -184,8 +185,7 @@ class PanelSession:
             try:
                 trainer.train(resume_from_checkpoint=True if plan.resume else None)
             finally:
-                # Off with the trainer's autocast: answers are then those of the saved adapter.
-                trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+                autocast_off(trainer)
         return trainer
 
     # ------------------------------------------------------------------ answers, adapter

@@ -31,7 +31,7 @@ cache_plan
 prose repeats endings languages lengths asked forms
 decoding answers generation written_rows written_file row_writer
 batches checkpoints run_record objective meters measured log_window kl_meter strength curriculum
-prechecks progress guard train_data
+prechecks precision progress guard train_data
 trainer_inputs resuming trainer
 markup result_table token_stats scoring intervals leak answer_scores scores
 eval_sets evaluation adapter_dial best_adapter
