@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / "runs" / "browser"
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 LOCAL = ("127.0.0.1", "localhost", "::1")
+PATIENCE = 600
+"""Seconds for anything that a server or a page does, on a busy machine."""
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -67,11 +69,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    """Whether somebody answers there; a socket may also reach itself, by the port that it got."""
+    with socket.socket() as probe:
+        reached = probe.connect_ex(("127.0.0.1", port)) == 0
+        return reached and probe.getsockname() != probe.getpeername()
+
+
 class Lab:
     """A server over one folder, with settings of its own and nobody else's."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.token, self.port = folder, secrets.token_hex(8), free_port()
+        self.folder, self.token, self.port = folder, secrets.token_hex(8), 0
         self.notebooks, private = folder / "work", folder / "private"
         self.outside_file, self.log = private / "outside.txt", private / "server.log"
         for path in (self.notebooks, private / "watch", private / "config", private / "data"):
@@ -108,36 +117,40 @@ class Lab:
 
     def start(self) -> None:
         """JupyterLab."""
-        self._run(
-            *("jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}"),
-            *(f"--IdentityProvider.token={self.token}", "--ServerApp.port_retries=0"),
+        words = (
+            *("--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", "--allow-root"),
+            *(f"--IdentityProvider.token={self.token}", "--LabApp.extension_manager=readonly"),
             *(f"--ServerApp.root_dir={self.notebooks}", "--LabApp.expose_app_in_browser=True"),
-            *("--LabApp.extension_manager=readonly", "--allow-root"),
             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         )
+        self._run("jupyterlab", lambda port: (*words, f"--ServerApp.port={port}"))
 
     def start_voila(self, notebook: str) -> None:
         """Voila with one notebook; its page has no token, since nobody else runs on the port."""
-        at = ("--Voila.ip=127.0.0.1", f"--port={self.port}", "--Voila.port_retries=0")
-        self._run("voila", *at, notebook)
+        at = ("--Voila.ip=127.0.0.1", "--Voila.port_retries=0", notebook)
+        self._run("voila", lambda port: (f"--port={port}", *at))
 
-    def _run(self, module: str, *words: str) -> None:
-        """Starts a server and waits until it answers."""
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "--no-browser", *words],
-                cwd=self.notebooks,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+    def _run(self, module: str, words: Callable[[int], tuple[str, ...]]) -> None:
+        """Starts a server and waits until it answers; where another took the port before it did,
+        once more with another port."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            self.port = free_port()
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", module, "--no-browser", *words(self.port)],
+                    cwd=self.notebooks,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+            while time.monotonic() < deadline and self.process.poll() is None:
+                if listens(self.port) and self.process.poll() is None:
                     return
-            time.sleep(0.2)
+                time.sleep(0.2)
+            if "already in use" not in self.log.read_text():
+                break
         raise RuntimeError(f"the server did not come up:\n{self.log.read_text()[-3000:]}")
 
     def stop(self) -> None:
@@ -145,9 +158,10 @@ class Lab:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+                self.process.wait()
 
     def put(self, name: str, notebook: Any) -> str:
         """Writes a notebook into the server's folder; returns the name."""
@@ -201,8 +215,8 @@ class Browser:
     def open(self, lab: Lab, name: str) -> None:
         """A notebook in JupyterLab, its kernel connected."""
         self.page.goto(f"{lab.address}/lab/tree/{name}?token={lab.token}&reset")
-        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        self.page.wait_for_function(IDLE, timeout=60_000, polling=300)
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell")
+        self.page.wait_for_function(IDLE, polling=300)
 
     def theme(self, name: str) -> None:
         """Another theme, e.g. "JupyterLab Dark"."""
@@ -212,11 +226,11 @@ class Browser:
         )
         self.page.wait_for_timeout(800)
 
-    def run_all(self, timeout: float = 300) -> None:
+    def run_all(self) -> None:
         """Run > Run All Cells, as a person does, and the wait for the last one."""
         self.page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         self.page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
-        self.page.wait_for_function(ALL_DONE, timeout=timeout * 1000, polling=500)
+        self.page.wait_for_function(ALL_DONE, timeout=2 * PATIENCE * 1000, polling=500)
         assert self.errors == []
 
     def show_cell(self, number: int, height: int = 900) -> Any:
@@ -256,13 +270,14 @@ def browser(dark: bool = False) -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        program = driver.chromium.launch(executable_path=path, args=FLAGS)
+        program = driver.chromium.launch(executable_path=path, args=FLAGS, timeout=PATIENCE * 1000)
         try:
             context = program.new_context(
                 viewport={"width": 1280, "height": 900},
                 color_scheme="dark" if dark else "light",
                 accept_downloads=False,
             )
+            context.set_default_timeout(PATIENCE * 1000)
             yield Browser(context.new_page())
         finally:
             program.close()

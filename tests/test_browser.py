@@ -2,12 +2,26 @@
 
 import re
 
+import nbformat
 import pytest
 from browser_lab import ROOT, Browser, Lab, browser, rows, with_parameters
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # a busy machine takes long
+pytestmark = pytest.mark.browser
 NOTEBOOKS = ROOT / "notebooks"
 STEPS = 16
+HELD = 3
+HOLD = f"""
+from lwf_unsloth.widgets import Panel
+follow = Panel._follow
+
+def held(panel, state):
+    follow(panel, state)
+    if state.global_step == {HELD}:
+        panel.session.stopping.wait()
+
+Panel._follow = held
+"""
+"""Training waits at a step for the Stop button: a person's click takes longer than all steps."""
 
 
 @pytest.fixture()
@@ -35,6 +49,7 @@ def test_notebook_01_runs_and_shows_its_table(lab: Lab, person: Browser, tiny_mo
     person.shot("01_training")
     cell = person.show_cell(cell_of(source, "comparison = lwf.compare("), height=1400)
     table = cell.locator(".lwf-t")
+    table.wait_for()
     assert table.locator("tbody tr").count() == 5
     assert cell.locator(".lwf-b.lwf-eos, .lwf-b.lwf-length").count() == 10
     assert "Answers without fault" in cell.inner_text()
@@ -59,11 +74,16 @@ class Panel:
     def press(self, text: str) -> None:
         self.box.locator(f"button:text-is('{text}')").click()
 
-    def wait_for(self, card: int, pattern: str, seconds: float = 60) -> str:
+    def wait_for(self, card: int, pattern: str) -> str:
         """Waits for a text in one of the cards; gives the card's text."""
         place = self.card(card)
-        place.filter(has_text=re.compile(pattern)).wait_for(timeout=seconds * 1000)
+        place.filter(has_text=re.compile(pattern)).wait_for()
         return place.inner_text()
+
+    def wait_until_idle(self) -> None:
+        """Waits until the buttons can be pressed: the text of a result comes before."""
+        self.box.locator("button:text-is('Train'):not([disabled])").wait_for()
+        self.box.locator(".noUi-target:not([disabled])").wait_for()
 
     def fill(self, label: str, value: str) -> None:
         place = self.box.locator(f".widget-inline-hbox:has(label:text-is('{label}')) input")
@@ -76,6 +96,7 @@ def test_the_panel_of_notebook_03_is_clicked_through(
 ):
     small = {"MODEL": str(tiny_model_dir), "STEPS": 2, "ROWS": 20, "MAX_NEW_TOKENS": 8}
     source = with_parameters(NOTEBOOKS / "03_your_data.ipynb", small)
+    source.cells.insert(1, nbformat.v4.new_code_cell(HOLD))
     person.open(lab, lab.put("03.ipynb", source))
     person.run_all()
     panel = Panel(person, person.show_cell(cell_of(source, "lwf.panel("), height=2600))
@@ -91,20 +112,22 @@ def test_the_panel_of_notebook_03_is_clicked_through(
 
     panel.fill("steps", str(STEPS))
     panel.press("Train")
-    panel.wait_for(3, f"step [2-9] of {STEPS}")
+    panel.wait_for(3, f"step {HELD} of {STEPS}")
     panel.press("Stop")
     told = panel.wait_for(3, "Stopped at step")
     at = int(re.search(rf"Stopped at step (\d+) of {STEPS}", told)[1])
     run = lab.notebooks / "runs/your_data/panel/run-1"
-    assert 2 <= at < STEPS and (run / f"checkpoint-{at}" / "trainer_state.json").is_file()
+    assert HELD <= at < STEPS and (run / f"checkpoint-{at}" / "trainer_state.json").is_file()
     person.shot("03_stopped", panel.box)
     panel.press("Go on")
     panel.wait_for(3, f"{STEPS} steps trained, adapter saved")
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
-    assert panel.card(3).locator("img").evaluate("image => image.naturalWidth") > 300
+    chart = panel.card(3).locator("img").element_handle()
+    person.page.wait_for_function("image => image.naturalWidth > 300", arg=chart)
 
     panel.press("Ask before and after")
     panel.card(4).locator(".lwf-t").wait_for()
+    panel.wait_until_idle()
     slider = panel.card(4).locator(".noUi-handle")
     at = slider.bounding_box()
     person.page.mouse.move(at["x"] + at["width"] / 2, at["y"] + at["height"] / 2)

@@ -7,7 +7,7 @@ from browser_text import EVIL, NASTY
 
 from lwf_unsloth.markup import shown
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # a busy machine takes long
+pytestmark = pytest.mark.browser
 CELLS = (
     "import browser_text as text\ntext.comparison()",
     "text.forgetting()",
@@ -135,6 +135,7 @@ def test_the_panels_outputs_hold_no_element_of_the_text(person: Browser):
     check_table(panel.locator(".lwf"))
     assert panel.locator(FOREIGN).count() == 0
     said = panel.locator(".lwf-say")
+    said.nth(5).wait_for()  # the parts of a widget come one by one
     assert said.count() == 6
     allowed = OURS | {"details", "summary"}
     for number in range(6):
