@@ -128,7 +128,6 @@ def test_the_address_fills_badge_and_clone_line_and_nothing_stands_there_without
     assert "clone here" not in without and "<!-- badge" not in without
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
@@ -139,15 +138,19 @@ def test_the_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     (tmp_path / "packages" / "wandb" / "__init__.py").write_text(WANDB, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("WANDB_ASKED", str(tmp_path / "asked"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no history shared with others
     for name in ("CI", "WANDB_DISABLED", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
 
     parameters = {**SMALL[path.stem], "OUTPUT": str(tmp_path / "run")}
+    patient = {"start_timeout": 600, "iopub_timeout": 600, "raise_on_iopub_timeout": True}
     done = tmp_path / path.name
     here = os.getcwd()
     os.chdir(tmp_path)
     try:
-        papermill.execute_notebook(path, done, parameters=parameters, kernel_name="python3")
+        papermill.execute_notebook(
+            path, done, parameters=parameters, kernel_name="python3", **patient
+        )
     finally:
         os.chdir(here)
     assert not (tmp_path / "asked").exists()
