@@ -5,7 +5,12 @@ import logging
 import os
 import shutil
 
+import hypothesis
 import pytest
+
+# The same drawn cases in every run, and no complaint that drawing them took long on a busy machine.
+# `--hypothesis-profile=default` looks for others, and so does tests/campaigns/fuzz.py.
+hypothesis.settings.load_profile("ci")
 
 # The GPU tests read CUDA when they are imported: without a card they are not there, not skipped.
 collect_ignore_glob = [] if shutil.which("nvidia-smi") else ["test_gpu_*.py"]
