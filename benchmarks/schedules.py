@@ -31,7 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "warmup": {"lwf_lambda_schedule": "warmup:0.1"},
     "budget": {"lwf_kl_budget": 0.02},
     "budget too low": {"lwf_kl_budget": 0.0002, "lwf_lambda_max": 8.0},
-    "rank": {"rank_schedule": [(0.0, 4), (0.3, 16)]},
+    "rank": {"rank_schedule": [(0.0, 2), (0.3, 8)]},
     "freeze": {"freeze_schedule": [(0.0, "mlp"), (0.3, "")]},
     "smoothing": {"label_smoothing_factor": 0.1},
     "temperature": {"lwf_temperature_schedule": "linear:4->1"},

@@ -13,7 +13,7 @@ TITLES = {
     "warmup": "lambda rises over the first tenth",
     "budget": "KL budget .02",
     "budget too low": "KL budget .0002, lambda at most 8",
-    "rank": "rank 4, from .3 on 16",
+    "rank": "rank 2, from .3 on 8",
     "freeze": "MLP frozen until .3",
     "smoothing": "label smoothing .1",
     "temperature": "temperature 4 to 1, linear",

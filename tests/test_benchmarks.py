@@ -271,7 +271,7 @@ def test_the_table_of_schedules_takes_the_ratio_seed_by_seed_and_a_table_for_eac
         table
     )
     assert "| 2, 3.25, 4.5 |" in table and "A, 60 steps, seeds 0, 1;" in table
-    assert "| rank 4, from .3 on 16 | TrainError |" in table and "B, 110 steps, seed 0;" in table
+    assert "| rank 2, from .3 on 8 | TrainError |" in table and "B, 110 steps, seed 0;" in table
 
 
 @pytest.mark.slow
