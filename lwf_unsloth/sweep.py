@@ -29,17 +29,27 @@ from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.sweep_file import SweepPlan
 from lwf_unsloth.sweep_result import COMPLETE, SKIPPED, SweepResult, write_lines
-from lwf_unsloth.sweep_storage import open_storage, quiet, storage_url
-from lwf_unsloth.sweep_trials import covers, failed_slots, is_second, newest, settings, states
+from lwf_unsloth.sweep_storage import claim, open_storage, quiet, refuse_other, storage_url
+from lwf_unsloth.sweep_trials import (
+    OBJECTIVES,
+    covers,
+    failed_slots,
+    is_second,
+    last_ended,
+    newest,
+    note,
+    settings,
+    states,
+)
 from lwf_unsloth.trial_process import (
     Stopped,
     gpu_bytes,
     is_gone,
-    read_result,
+    own_result,
     run_process,
     this_worker,
 )
-from lwf_unsloth.whole_files import unwritable, writing
+from lwf_unsloth.whole_files import alone_in, unwritable, writing
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +58,6 @@ POLL = 1.0
 """Seconds between two looks at trials of other workers."""
 SQLITE = ("disk is full", "readonly database", "unable to open database", "disk I/O error")
 LINES = "trials.jsonl"
-OBJECTIVES = ("gain", "forgetting")
 
 
 class TrialFailed(LwfError):
@@ -172,21 +181,34 @@ class _Sweep:
 
     def begin(self, retry_failed: bool = False) -> None:
         """Refuses another plan's study, tries the settings, and queues what is wanted."""
-        study = self.study()
+        whose = self.folder, self.plan.name, self.url
+        with alone_in(self.folder):  # of sweeps that begin at once one tries the settings
+            refuse_other(*whose)
+            study = self.study()
+            if not self._is_ours(study):
+                self._check()
+            if not self._is_ours(study):  # nor has it become another's on another machine
+                study.set_user_attr("digest", self.plan.digest)
+                study.set_user_attr("objectives", [self.plan.evaluate[k] for k in OBJECTIVES])
+                with quiet():  # optuna-dashboard shows them on its axes
+                    study.set_metric_names(list(OBJECTIVES))
+            claim(*whose)
+        self._requeue(study, again=retry_failed)
+
+    def _is_ours(self, study: Any) -> bool:
+        """Whether the study holds this sweep; not so where it holds none.
+
+        Raises:
+            ConfigError: It holds another one.
+        """
         there = study.user_attrs.get("digest")
         if there not in (None, self.plan.digest):
             raise ConfigError(
                 f"The study {self.plan.name!r} holds another sweep (other settings, data or "
-                "evaluation), and its trials cannot be compared with these. Give `name` in "
-                f"{self.plan.path}, or another output folder."
+                "evaluation), and its trials cannot be compared with these. Give another output "
+                f"folder and, where the storage is shared, another `name` in {self.plan.path}."
             )
-        if there is None:
-            self._check()
-            study.set_user_attr("digest", self.plan.digest)
-            study.set_user_attr("objectives", [self.plan.evaluate[k] for k in OBJECTIVES])
-            with quiet():  # optuna-dashboard shows them on its axes
-                study.set_metric_names(list(OBJECTIVES))
-        self._requeue(study, again=retry_failed)
+        return there is not None
 
     def _check(self) -> None:
         """Looks at all settings in a process of its own: libraries and GPU stay out of this one.
@@ -225,18 +247,20 @@ class _Sweep:
         covered = {one.user_attrs.get("slot") for one in trials if covers(one)}
         if again:
             covered -= failed_slots(study)
+        last = last_ended(study)
         for slot, params in self.plan.slots().items():
             if slot not in covered:
-                study.enqueue_trial(params, user_attrs={"slot": slot})
+                marks = {"slot": slot, "after": last.get(slot, -1), "digest": self.plan.digest}
+                study.enqueue_trial(params, user_attrs=marks)
 
     def _close(self, study: Any, trial: Any) -> None:
         """Ends a trial whose worker is gone: by its result, where it had come so far."""
         import optuna
 
-        result = read_result(self._place(trial.number)) or {}
+        result = own_result(self._place(trial.number), trial.user_attrs.get("owner")) or {}
         try:
             if result.get("state") == COMPLETE and trial.user_attrs.get("slot") is not None:
-                _note(optuna.trial.Trial(study, trial._trial_id), result)
+                note(optuna.trial.Trial(study, trial._trial_id), result)
                 study.tell(trial.number, [float(result[key]) for key in OBJECTIVES])
             else:
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -259,8 +283,8 @@ class _Sweep:
         taken = _Hold(self.taking)
         with taken:
             if states(study) & {"WAITING"}:
-                run = functools.partial(self._objective, study=study, taken=taken)
-                study.optimize(run, n_trials=1, catch=(TrialFailed,))
+                self._is_ours(study)
+                self._take(study, taken)
                 self.write()
                 return True
             self._requeue(study)
@@ -270,6 +294,24 @@ class _Sweep:
         return bool(left)
 
     # ------------------------------------------------------------------ one trial
+
+    def _take(self, study: Any, taken: "_Hold") -> None:
+        """Runs a waiting trial. One that was taken for gone meanwhile (a machine that slept gives
+        no sign of life) is closed already, and its slot runs anew.
+        """
+        import optuna
+
+        run = functools.partial(self._objective, study=study, taken=taken)
+        try:
+            study.optimize(run, n_trials=1, catch=(TrialFailed,))
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
+            closed = isinstance(error, RuntimeError) or str(error).startswith("Cannot tell a ")
+            if not closed:
+                raise
+            logger.warning(
+                "A trial of this worker had given no sign of life and was closed by another one; "
+                "its result is left out, and its settings are run again."
+            )
 
     def _place(self, number: int) -> Path:
         """The folder of a trial."""
@@ -287,8 +329,10 @@ class _Sweep:
         import optuna
 
         trial.set_user_attr("owner", this_worker())
-        slot = trial.user_attrs.get("slot")
-        if slot is None:  # another process took the waiting trial first, and Optuna made a new one
+        marks = trial.user_attrs
+        if marks.get("slot") is None or marks.get("digest") not in (None, self.plan.digest):
+            # Another process took the waiting trial first, and Optuna made a new one; or it is of
+            # another sweep, which began the study at the same moment on another machine.
             self._step_back(trial)
         params = settings(trial, self.plan.space, grid=self.plan.trials is None)
         trial.set_user_attr("params", params)
@@ -296,11 +340,11 @@ class _Sweep:
         if is_second(trial, study):
             self._step_back(trial)
         begun = time.monotonic()
-        job = {**self._job(), "params": params}
+        job = {**self._job(), "params": params, "owner": marks["owner"]}
         result = run_process(self.command, self._place(trial.number), job, self.stop)
         result["seconds"] = round(time.monotonic() - begun, 1)
         result["gpu_bytes_after"] = gpu_bytes()
-        _note(trial, result)
+        note(trial, result)
         if result["state"] == SKIPPED:
             raise optuna.TrialPruned(result["reason"])
         if result["state"] != COMPLETE:
@@ -320,7 +364,7 @@ class _Sweep:
 
     def write(self) -> SweepResult:
         """Writes `trials.jsonl` anew, from the study, which is never behind it; the trials."""
-        with self.writing:
+        with self.writing, alone_in(self.folder):  # the later writer has seen more
             found = self.show()
             write_lines(self.folder / LINES, found.trials)
         return found
@@ -350,13 +394,3 @@ class _Hold:
         if self.held:
             self.held = False
             self.lock.release()
-
-
-def _note(trial: Any, result: dict[str, Any]) -> None:
-    """Keeps everything but the objectives with the trial."""
-    import optuna
-
-    versions = {**result.get("versions", {}), "optuna": optuna.__version__}
-    for name, value in {**result, "versions": versions}.items():
-        if name not in OBJECTIVES:
-            trial.set_user_attr(name, value)

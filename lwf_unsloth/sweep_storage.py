@@ -1,6 +1,7 @@
 """Where the study of a sweep is kept: a file, or a database that several machines share."""
 
 import contextlib
+import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from typing import Any
 
 from lwf_unsloth.errors import ConfigError
 from lwf_unsloth.secret_texts import without_secrets
+from lwf_unsloth.whole_files import write_whole_text
 
 HEARTBEAT, GRACE = 10, 60
 """Seconds between two signs of life of a trial, and without one until it counts as gone."""
+CLAIM = "study.json"
+"""In the sweep's folder: whose trials it holds."""
 TRIES, PAUSE = 4, 1.0
 """Times that the storage is opened, and seconds between them."""
 
@@ -68,6 +72,34 @@ def _one_at_a_time(engine: Any) -> None:
     sqlalchemy.event.listen(engine, "connect", connect)
     sqlalchemy.event.listen(engine, "begin", begin)
     engine.dispose()  # connections from before are Python's way
+
+
+def refuse_other(folder: Path, name: str, url: str) -> None:
+    """Refuses a folder that another study's trials are in: trials are numbered from 0 in each.
+
+    Raises:
+        ConfigError: Names the other study.
+    """
+    own = there = _claim(name, url)
+    with contextlib.suppress(OSError, ValueError):
+        there = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+    if there != own:
+        raise ConfigError(
+            f"{str(folder)!r} holds the trials of the sweep {there['study']!r} (storage: "
+            f"{there['storage']}), and this one is {name!r} (storage: {own['storage']}): they "
+            "would be written over each other. Give another output folder."
+        )
+
+
+def claim(folder: Path, name: str, url: str) -> None:
+    """Says in a folder whose trials it holds. The caller holds it."""
+    text = json.dumps(_claim(name, url)) + "\n"
+    if not (folder / CLAIM).exists():
+        write_whole_text(folder / CLAIM, text)
+
+
+def _claim(name: str, url: str) -> dict[str, str]:
+    return {"study": name, "storage": "file" if url.startswith("sqlite") else "database"}
 
 
 def _no_database(error: Exception) -> ConfigError:

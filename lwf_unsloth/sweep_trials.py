@@ -3,12 +3,16 @@
 A slot is a place of the sweep: a point of the grid, or one of so many trials that Optuna chooses.
 """
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lwf_unsloth.sweep_file import is_number_list
 from lwf_unsloth.sweep_result import COMPLETE, FAILED, SKIPPED, TrialRecord
 from lwf_unsloth.trial_process import is_gone
+
+OBJECTIVES = ("gain", "forgetting")
 
 
 def states(study: Any) -> set[str]:
@@ -17,17 +21,19 @@ def states(study: Any) -> set[str]:
 
 
 def settings(trial: Any, space: Mapping[str, Any], grid: bool) -> dict[str, Any]:
-    """A trial's settings: the grid's, or chosen by the sampler."""
-    return {name: _suggest(trial, name, given, grid) for name, given in space.items()}
+    """A trial's settings: its point of the grid, or chosen by the sampler."""
+    point = json.loads(trial.user_attrs["slot"]) if grid else None
+    return {name: _suggest(trial, name, given, point) for name, given in space.items()}
 
 
-def _suggest(trial: Any, name: str, given: Any, grid: bool) -> Any:
+def _suggest(trial: Any, name: str, given: Any, point: Mapping[str, Any] | None) -> Any:
     """One setting. Numbers of a grid are not categories, whose number Optuna would fix for good: a
-    grid may get more of them.
+    grid may get more of them, also while another process runs it as it was.
     """
-    if grid and is_number_list(given):
-        found = trial.suggest_float(name, min(given), max(given))
-        return next(value for value in given if value == found)
+    if point is not None and is_number_list(given):
+        values = [*given, point[name]]
+        trial.suggest_float(name, min(values), max(values))
+        return point[name]
     if isinstance(given, list):
         return trial.suggest_categorical(name, given)
     whole = all(isinstance(given[end], int) for end in ("low", "high"))
@@ -44,15 +50,16 @@ def covers(trial: Any) -> bool:
 
 
 def is_second(trial: Any, study: Any) -> bool:
-    """Whether the slot is another's: one that was begun before and runs, or that has ended.
-
-    One that failed is in the way of no other: it is asked for again, or it would not be waiting.
+    """Whether the slot is another's: one that was begun before and runs, or that has ended; one
+    that failed too, unless this trial was asked for after it had.
     """
+    after = trial.user_attrs.get("after", math.inf)
     for one in study.get_trials(deepcopy=False):
         if one.number == trial.number or one.user_attrs.get("slot") != trial.user_attrs["slot"]:
             continue
         runs = one.state.name == "RUNNING" and one.number < trial.number and not is_gone(one)
-        ended = one.state.is_finished() and one.state.name != "FAIL" and covers(one)
+        failed = one.state.name == "FAIL" and one.number <= after
+        ended = one.state.is_finished() and covers(one) and not failed
         if runs or ended:
             return True
     return False
@@ -64,6 +71,13 @@ def newest(study: Any) -> list[TrialRecord]:
     last = {one.user_attrs.get("slot", f"trial {one.number}"): one.number for one in trials}
     found = (record(one) for one in trials if one.number in last.values())
     return [one for one in found if one is not None]
+
+
+def last_ended(study: Any) -> dict[str, int]:
+    """The last trial of each slot that has ended with an outcome."""
+    trials = study.get_trials(deepcopy=False)
+    ended = [one for one in trials if one.state.is_finished() and covers(one)]
+    return {one.user_attrs["slot"]: one.number for one in ended if "slot" in one.user_attrs}
 
 
 def failed_slots(study: Any) -> set[str]:
@@ -81,7 +95,17 @@ def record(trial: Any) -> TrialRecord | None:
     if state is None or not covers(trial):
         return None
     gain, forgetting = trial.values if state == COMPLETE else (None, None)
-    own = ("state", "params")
+    own = ("state", "params", "owner", "after", "digest")
     details = {key: value for key, value in trial.user_attrs.items() if key not in own}
     params = dict(trial.user_attrs.get("params", trial.params))
     return TrialRecord(trial.number, state, params, gain, forgetting, details)
+
+
+def note(trial: Any, result: dict[str, Any]) -> None:
+    """Keeps everything but the objectives with the trial."""
+    import optuna
+
+    versions = {**result.get("versions", {}), "optuna": optuna.__version__}
+    for name, value in {**result, "versions": versions}.items():
+        if name not in OBJECTIVES:
+            trial.set_user_attr(name, value)

@@ -1,12 +1,15 @@
 """A trial's process, seen from the worker that starts it; and whether a worker is still there."""
 
+import contextlib
+import functools
 import json
 import os
 import socket
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ LOG = "log.txt"
 LOOK = 0.5
 """Seconds between two looks at whether the sweep was interrupted."""
 UNCLAIMED = 120
-"""Seconds after which a running trial that names no worker counts as gone."""
+"""Seconds that a running trial may name no worker before it counts as gone."""
+_NAMELESS: dict[tuple[Any, ...], float] = {}
+"""Trials that named no worker when they were seen first, and when that was."""
 
 
 class Stopped(Exception):
@@ -94,12 +99,51 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def own_result(folder: Path, owner: Any) -> dict[str, Any] | None:
+    """`read_result`, if the job beside it is this worker's: a folder may hold an older study's."""
+    try:
+        job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return read_result(folder) if owner is not None and job.get("owner") == owner else None
+
+
 def this_worker() -> dict[str, Any]:
     """This process, so that others can tell whether it is still there."""
+    return {"host": _machine(), "pid": os.getpid(), "begun": _begun(os.getpid())}
+
+
+@functools.cache
+def _machine() -> str:
+    """This machine since it was started, as far as its processes see each other: machines may have
+    one name, and of two containers neither knows the other's processes.
+    """
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _begun(pid: int) -> float:
+    """When a process began. On Linux in ticks since the machine's start, which no change of its
+    clock moves; elsewhere in seconds since 1970.
+
+    Raises:
+        psutil.NoSuchProcess: There is none, or it has ended and was not yet waited for.
+    """
     import psutil
 
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "begun": psutil.Process(pid).create_time()}
+    if not sys.platform.startswith("linux"):
+        return float(psutil.Process(pid).create_time())
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        raise psutil.NoSuchProcess(pid) from None
+    fields = text.rpartition(")")[2].split()  # from the third one on: the name may hold anything
+    if fields[0] in "ZX":
+        raise psutil.NoSuchProcess(pid)
+    return float(fields[19])
 
 
 def is_gone(trial: Any) -> bool:
@@ -111,12 +155,13 @@ def is_gone(trial: Any) -> bool:
 
     owner = trial.user_attrs.get("owner")
     if owner is None:  # it was cut off in the moment between taking it and saying so
-        begun = trial.datetime_start
-        return begun is not None and (datetime.now() - begun).total_seconds() > UNCLAIMED
-    if owner["host"] != socket.gethostname():
+        # By the clock of this process: that of the machine that took it may show another time.
+        first = _NAMELESS.setdefault((trial._trial_id, trial.datetime_start), time.monotonic())
+        return time.monotonic() - first > UNCLAIMED
+    if owner["host"] != _machine():
         return False
     try:
-        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["begun"]) > 1)
+        return abs(_begun(owner["pid"]) - owner["begun"]) > 1
     except psutil.NoSuchProcess:
         return True
 

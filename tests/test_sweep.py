@@ -311,6 +311,7 @@ def test_a_result_that_the_killed_sweep_did_not_record_is_taken_and_not_run_agai
     folder.mkdir()
     result = {"state": "complete", "gain": 5.0, "forgetting": 0.5}
     (folder / "result.json").write_text(json.dumps(result))
+    (folder / "job.json").write_text(json.dumps({"owner": {**_owner(), "pid": 2**22 + 1}}))
     found = swept(place, small)
     assert [one.gain for one in found.of("complete")] == [5.0]
     assert not (place / "out" / "ran.txt").exists()
