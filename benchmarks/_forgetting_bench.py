@@ -69,6 +69,7 @@ class Bench:
         Returns:
             The rows, and by job key each test row's values.
         """
+        _give_back()  # what a job that failed has left
         fresh(self.model, job.seed)
         trained = {} if job.arm == FROZEN else self.train(job)
         rows, items = [], {}
@@ -114,9 +115,7 @@ class Bench:
             "settings": {**family.changes, "rehearsal_ratio": settings["rehearsal_ratio"]},
         }
         del trainer
-        gc.collect()
-        if on_cuda():
-            torch.cuda.empty_cache()  # other processes share the card
+        _give_back()
         return row
 
     def pool(self, name: str) -> Any:
@@ -220,6 +219,13 @@ class Bench:
             limit=self.options.benchmark_items, batch_size=64, base=None,
         )  # fmt: skip
         return accuracies(found)
+
+
+def _give_back() -> None:
+    """Frees what nothing holds any more: other processes share the card."""
+    gc.collect()
+    if on_cuda():
+        torch.cuda.empty_cache()
 
 
 def accuracies(found: Any) -> dict[str, float]:
