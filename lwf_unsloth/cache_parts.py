@@ -107,7 +107,9 @@ class PartStore:
     # ------------------------------------------------------------------ reading
 
     def get(self, key: str) -> Row | None:
-        """A row, or None where it is not there, or was found damaged just now."""
+        """A row, or None where it is not there, or was found damaged or removed just now."""
+        from safetensors import SafetensorError
+
         row = self._pending.get(key)
         if row is not None:
             return row
@@ -116,7 +118,11 @@ class PartStore:
         part = self._index.get(key)
         if part is None or not self._trust(part):
             return None
-        return part.row(key, self.names)
+        try:
+            return part.row(key, self.names)
+        except (OSError, SafetensorError) as error:  # another process has removed it
+            self._drop(part, str(error))
+            return None
 
     def __contains__(self, key: str) -> bool:
         """Whether the row is known; `get` may still find it damaged."""
@@ -226,12 +232,16 @@ class PartStore:
             part.trusted = False
         if part.trusted:
             return True
-        _refuse(part.path.name, "its content has changed")
+        self._drop(part, "its content has changed")
+        return False
+
+    def _drop(self, part: Part, why: str) -> None:
+        """Forgets a part that cannot be used, and says so."""
+        _refuse(part.path.name, why)
         self._index = {key: other for key, other in self._index.items() if other is not part}
         with self._guard:
             if self._entries.pop(part.path.name, None) is not None and self.writes:
                 _remove(part.path)
-        return False
 
     # ------------------------------------------------------------------ writing
 

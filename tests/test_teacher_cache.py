@@ -4,6 +4,7 @@ trusted."""
 import json
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -200,6 +201,21 @@ def test_a_second_process_reads_and_does_not_write(tmp_path, caplog):
     assert len(parts(tmp_path)) == 1
     holder.close()
     assert reopened(tmp_path).writes
+
+
+def test_a_cache_that_is_removed_while_runs_use_it_is_computed_and_ends_no_run(tmp_path, caplog):
+    """Another session deletes the folder to have its space."""
+    writer = reopened(tmp_path / "cache")
+    writer.add("a", row(1))
+    writer.flush()
+    reader = reopened(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    for store in (writer, reader):
+        assert store.get("a") is None and "computed again" in caplog.text
+        caplog.clear()
+        store.add("a", row(1))
+    writer.close()
+    assert "grows no further" in caplog.text
 
 
 def test_a_full_disk_ends_the_growing_and_not_the_run(tmp_path, monkeypatch, caplog):
