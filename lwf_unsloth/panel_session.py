@@ -1,6 +1,8 @@
 """What the panel does, without widgets: each step is the library's own call."""
 
+import contextlib
 import gc
+import itertools
 import re
 import threading
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from lwf_unsloth.preflight import Fit, fits
 from lwf_unsloth.samples import sample_path
 from lwf_unsloth.teacher import trained_tensors
 from lwf_unsloth.trainer import LwFTrainer
-from lwf_unsloth.whole_files import write_whole, writing
+from lwf_unsloth.whole_files import alone_in, write_whole, writing
 
 prepare()
 
@@ -234,7 +236,8 @@ class PanelSession:
 
 
 def keep_upload(name: str, content: bytes, folder: Path) -> Path:
-    """Writes an uploaded file below `folder`, whatever its name holds.
+    """Writes an uploaded file below `folder`, whatever its name holds. One of that name with other
+    content stays, since another session may train on it: the new one gets a number.
 
     Returns:
         Its path.
@@ -243,8 +246,12 @@ def keep_upload(name: str, content: bytes, folder: Path) -> Path:
     plain = plain[-50:].lstrip(". ")  # the ending stays; 50 letters of any script fit a file's name
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", plain):  # devices on Windows
         plain = f"_{plain}"
-    path = folder / (plain or "upload")
-    with writing(folder):
+    first = path = folder / (plain or "upload")
+    with writing(folder), alone_in(folder):
+        for number in itertools.count(2):
+            if path.is_symlink() or not path.is_file() or path.read_bytes() == content:
+                break
+            path = first.with_name(f"{first.stem}-{number}{first.suffix}")
         write_whole(path, content)
     return path
 
@@ -257,6 +264,20 @@ def next_run(folder: Path) -> Path:
         if path.name.removeprefix("run-").isdigit()
     ]
     return folder / f"run-{max(numbers, default=0) + 1}"
+
+
+def new_run(folder: Path) -> Path:
+    """`next_run`, made, so that another session in the folder takes the one after it.
+
+    Raises:
+        DiskError: The disk is full, or the folder may not be written.
+    """
+    with writing(folder):
+        while True:
+            with contextlib.suppress(FileExistsError):
+                path = next_run(folder)
+                path.mkdir()
+                return path
 
 
 def _config(plan: PanelPlan, **more: Any) -> LwFConfig:

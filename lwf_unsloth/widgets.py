@@ -8,6 +8,7 @@ cells off meanwhile. Runs wherever ipywidgets do: Colab, JupyterLab, voila.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lwf_unsloth.backend import prepare
 from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.panel_code import PanelPlan, Rehearsal, script
 from lwf_unsloth.panel_parts import NUMBERS, Parts, code_box, message, uploads
-from lwf_unsloth.panel_session import PanelSession, keep_upload, next_run
+from lwf_unsloth.panel_session import PanelSession, keep_upload, new_run, next_run
 from lwf_unsloth.panel_work import outcome
 from lwf_unsloth.plots import plot_training
 
@@ -40,6 +41,8 @@ class Panel(ipw.VBox):
         self.error: BaseException | None = None
         """What the last message of an error was made from."""
         self.run = next_run(folder)
+        self._made: Path | None = None
+        """The run's folder, once it is this session's."""
         self._worker: threading.Thread | None = None
         self._working = False
         self._turn = threading.RLock()
@@ -158,10 +161,15 @@ class Panel(ipw.VBox):
 
         def work() -> str:
             if not resume:
-                self.run = next_run(self.folder)
+                self._made = self.run = new_run(self.folder)
             self._show_code()
             plan = self.plan
-            trainer = self.session.train(replace(plan, resume=resume), self._follow)
+            try:
+                trainer = self.session.train(replace(plan, resume=resume), self._follow)
+            except BaseException:
+                with suppress(OSError):  # there is something in it
+                    self.run.rmdir()
+                raise
             self._draw(trainer.state)
             return self._ended(trainer)
 
@@ -200,6 +208,8 @@ class Panel(ipw.VBox):
         """Saves the adapter with the dial's scale in it."""
 
         def work() -> str:
+            if self._made != self.run:  # an untrained adapter
+                self._made = self.run = new_run(self.folder)
             folder = self.session.save(self.plan)
             return message(f"Saved at scale {self.parts.dial.value:g}: {folder}", "ok")
 
@@ -272,7 +282,8 @@ class Panel(ipw.VBox):
             button.disabled = busy
         parts.upload.disabled = parts.dial.disabled = busy
         parts.stop.disabled = not training
-        parts.resume.disabled = busy or not any(self.run.glob("checkpoint-*"))
+        stopped = self._made == self.run and any(self.run.glob("checkpoint-*"))
+        parts.resume.disabled = busy or not stopped
 
     def _uploaded(self, change: dict[str, Any]) -> None:
         """Keeps the file beside the runs, names it, checks it."""

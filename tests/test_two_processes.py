@@ -213,3 +213,32 @@ def test_the_process_that_waits_goes_on_when_the_one_that_makes_a_folder_is_kill
         assert first.wait() and list(scratch.iterdir()) == []
         assert len(list(tmp_path.glob("fetch-model-*"))) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"model.lock", "fetch-other-12345678"}
+
+
+# ------------------------------------------------------------------ the panel
+
+
+def test_panels_of_two_sessions_take_runs_and_uploads_of_their_own(tmp_path):
+    from lwf_unsloth.panel_session import keep_upload, new_run
+
+    runs = at_once(*[lambda: [new_run(tmp_path / "runs") for _ in range(20)]] * 3)
+    assert len({path for made in runs for path in made}) == 60
+
+    kept = at_once(*[lambda n=n: keep_upload("rows.jsonl", b"%d" % n, tmp_path) for n in range(4)])
+    assert [path.read_bytes() for path in kept] == [b"0", b"1", b"2", b"3"]
+    assert keep_upload("rows.jsonl", b"2", tmp_path) == kept[2], "the same file again"
+
+
+@pytest.mark.slow
+def test_a_panel_neither_saves_into_nor_resumes_the_run_of_another_session(tiny_peft, tmp_path):
+    lwf = pytest.importorskip("lwf_unsloth")
+    panel = lwf.panel(*tiny_peft(), output_dir=tmp_path / "runs")
+    theirs = tmp_path / "runs" / "run-1"
+    (theirs / "checkpoint-2").mkdir(parents=True)
+    save_small(theirs / "adapter", 3)
+    panel._free()
+    assert panel.parts.resume.disabled
+    panel.parts.save.click()
+    assert panel.wait(60)
+    assert (theirs / "adapter" / "adapter_model.safetensors").read_bytes() == b"xxx"
+    assert (tmp_path / "runs" / "run-2" / "adapter" / "adapter_config.json").is_file()
