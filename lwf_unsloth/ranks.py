@@ -252,8 +252,8 @@ def wait_to_end(error: BaseException) -> None:
     if getattr(error, AGREED, False):
         with suppress(Exception):  # the first one may have ended by itself
             _line().exchange("ends", SHORT_WAIT)
-    elif getattr(error, "told", False):
-        time.sleep(3)  # they have not spoken yet
+    elif getattr(error, "told", False):  # the first one has yet to say it, and is waited for
+        time.sleep(SHORT_WAIT.total_seconds())
 
 
 def _text(error: Exception) -> str:

@@ -338,6 +338,16 @@ def test_a_wrong_training_file_is_refused_in_every_process_with_one_message(tmp_
 
 
 @pytest.mark.slow
+def test_a_refusal_is_told_however_late_the_first_process_comes_to_it(tmp_path):
+    """It loads a library for longer than the other waits."""
+    late = "import os, time\nif os.environ.get('RANK') == '0': time.sleep(5)\n"
+    (tmp_path / "sitecustomize.py").write_text(late, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    code, text = torchrun(["-m", "lwf_unsloth", "template"], tmp_path, PYTHONPATH=path)
+    assert code != 0 and text.count("only `train` runs on several") == 1, text
+
+
+@pytest.mark.slow
 def test_the_command_line_trains_on_two_and_tells_it_once(tiny_model_dir, tmp_path):
     rows = "\n".join(json.dumps(row) for row in distributed_run.rows(12, "task"))
     (tmp_path / "task.jsonl").write_text(rows, encoding="utf-8")
