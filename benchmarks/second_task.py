@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks._adapters import fresh
 from benchmarks._results import RESULTS, write_result
-from lwf_unsloth.backend import on_cuda, prepare
+from lwf_unsloth.backend import device_name, on_cuda, prepare
 
 prepare()
 
@@ -271,8 +271,9 @@ def reported(bench: Bench, row: dict[str, Any]) -> Iterator[None]:
 
 
 def other_parts(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of parts that this run leaves alone, each with the commit, date and card that it was
-    measured with: from the folder of the result, else (an empty one) from the committed file.
+    """Rows of parts (with --add, of seeds too, on this card) that this run leaves alone, each with
+    the commit, date and card that it was measured with: from the folder of the result, else (an
+    empty one) from the committed file.
     """
     places = [options.out or RESULTS, *([] if options.smoke else [RESULTS])]
     path = next((p for p in (place / f"{NAME}.json" for place in places) if p.is_file()), None)
@@ -281,11 +282,15 @@ def other_parts(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = json.loads(path.read_text(encoding="utf-8"))
     of = {key: found["meta"].get(key) for key in ("commit", "date", "card")}
     arm = evaluation_arm(4 if options.smoke else 200)
-    return [
-        {**of, **row}
-        for row in found["rows"]
-        if row["part"] not in options.parts or (row["part"] == "evaluation" and row["arm"] != arm)
-    ]
+
+    def stays(row: dict[str, Any]) -> bool:
+        if row["part"] not in options.parts:
+            return True
+        if row["part"] == "evaluation":
+            return bool(row["arm"] != arm)
+        return options.add and row["seed"] not in options.seeds and row["card"] == device_name()
+
+    return [row for row in ({**of, **row} for row in found["rows"]) if stays(row)]
 
 
 @contextmanager
@@ -310,6 +315,7 @@ def main() -> None:
         "--parts", nargs="+", default=["first", "second", "evaluation"],
         choices=["first", "second", "evaluation"],
     )  # fmt: skip
+    parser.add_argument("--add", action="store_true", help="keep the rows of other seeds")
     parser.add_argument("--out", type=Path, help="folder of the result")
     parser.add_argument("--smoke", action="store_true", help="a few steps, result to --out only")
     options = parser.parse_args()
@@ -323,7 +329,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, model, tokenizer, Rows.of(options.smoke), Path(folder))
         bench.found += other_parts(options)
-        if "first" in options.parts:
+        measured = any(row["arm"] == "base" for row in bench.found)
+        if "first" in options.parts and not measured:
             with timed("base"):
                 bench.add(part="first", arm="base", seed=options.seeds[0], **bench.measured())
         for seed in options.seeds if "first" in options.parts else []:

@@ -300,15 +300,20 @@ def test_rows_of_parts_that_are_not_run_again_keep_the_commit_they_were_measured
 
     from benchmarks import second_task
 
-    rows = [{"part": "first", "arm": "none"}, {"part": "second", "arm": "none"}]
+    rows = [{"part": part, "arm": "none", "seed": 0} for part in ("first", "second")]
     meta = {"commit": "abc", "date": "2026-01-01", "card": "H100", "seed": 1}
     text = json.dumps({"meta": meta, "rows": rows})
     (tmp_path / "self_rehearsal.json").write_text(text, encoding="utf-8")
     monkeypatch.setattr(second_task, "RESULTS", tmp_path)
     kept = [{**rows[0], "commit": "abc", "date": "2026-01-01", "card": "H100"}]
     for out in (None, tmp_path, tmp_path / "empty"):
-        options = Namespace(out=out, parts=["second"], smoke=False)
+        options = Namespace(out=out, parts=["second"], smoke=False, add=False)
         assert second_task.other_parts(options) == kept
+    monkeypatch.setattr(second_task, "device_name", lambda: "H100")
+    options.add, options.seeds = True, [1]
+    assert len(second_task.other_parts(options)) == 2, "seed 0 was measured on this card"
+    monkeypatch.setattr(second_task, "device_name", lambda: "a CPU")
+    assert second_task.other_parts(options) == kept
     options.smoke = True
     assert second_task.other_parts(options) == []
 
@@ -324,7 +329,7 @@ def test_the_time_of_evaluating_on_a_gpu_does_not_replace_that_on_a_cpu(tmp_path
     rows = [{"part": "evaluation", "arm": arm, "commit": "abc"} for arm in arms]
     text = json.dumps({"meta": {"commit": "def", "card": "none"}, "rows": rows})
     (tmp_path / "self_rehearsal.json").write_text(text, encoding="utf-8")
-    options = Namespace(out=None, parts=["evaluation"], smoke=False)
+    options = Namespace(out=None, parts=["evaluation"], smoke=False, add=True)
     (kept,) = second_task.other_parts(options)
     assert kept["arm"] == arms[0] and kept["commit"] == "abc"
 
