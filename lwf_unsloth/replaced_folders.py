@@ -32,8 +32,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     with alone_in(target.parent):
         recover(target)
-    if target.exists():
-        _check_replaceable(target)
+        if target.exists():
+            _check_replaceable(target)
     scratch = target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,11 @@ def recover(target: Path) -> None:
     name = re.compile(re.escape(f".{target.name}-") + SCRATCH)
     found = target.parent.iterdir() if target.parent.is_dir() else ()
     for left in sorted(path for path in found if name.fullmatch(path.name)):
-        if left.is_symlink() or not {path.name for path in left.glob("*")} <= {"new", "old"}:
+        try:
+            names = {path.name for path in left.iterdir()}
+        except OSError:  # another save's, which has ended meanwhile and taken it away
+            continue
+        if left.is_symlink() or not names <= {"new", "old"}:
             continue
         if not target.exists() and (left / "old").is_dir():  # "new" was synced before
             whole = left / ("new" if (left / "new").is_dir() else "old")

@@ -7,6 +7,7 @@ one from the other.
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -65,6 +66,43 @@ def test_adapters_that_are_saved_and_read_at_once_in_one_folder_are_each_whole(t
 
     at_once(lambda: save(1), lambda: save(101), read)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_save_looks_at_what_is_there_while_no_other_moves_it(tmp_path, monkeypatch):
+    import fcntl
+
+    from lwf_unsloth import replaced_folders
+
+    looked = []
+
+    def look(target):
+        handle = os.open(target.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        looked.append(target)
+
+    save_small(tmp_path / "adapter", 1)
+    monkeypatch.setattr(replaced_folders, "_check_replaceable", look)
+    save_small(tmp_path / "adapter", 2)
+    assert looked == [tmp_path / "adapter"]
+
+
+def test_a_save_that_ends_while_another_begins_is_no_error_for_that(tmp_path, monkeypatch):
+    """It takes its folder of scratch away, which the other has just found."""
+    from lwf_unsloth import replaced_folders
+
+    (tmp_path / ".adapter-abcdefgh" / "new").mkdir(parents=True)
+    listed = Path.iterdir
+
+    def ended(folder):
+        if folder != tmp_path:
+            shutil.rmtree(folder)
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", ended)
+    replaced_folders.recover(tmp_path / "adapter")
+    assert list(listed(tmp_path)) == []
 
 
 def test_an_adapter_that_is_replaced_while_it_is_loaded_is_told(tiny_peft, tmp_path):
