@@ -215,8 +215,11 @@ def _read_adapter(folder: Path) -> AdapterFolder:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """What tells a file from the one that replaced it."""
-    state = path.stat()
+    """What tells a file from the one that replaced it, or from none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return -1, -1
     return state.st_size, state.st_mtime_ns
 
 

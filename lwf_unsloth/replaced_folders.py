@@ -46,9 +46,7 @@ def new_folder(target: Path) -> Iterator[Path]:
                 path.chmod(0o644)  # safetensors writes 0600
             sync(path)
         with alone_in(target.parent):
-            if target.exists():
-                target.rename(scratch / "old")
-            new.rename(target)
+            _exchange(new, target, scratch / "old")
         sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
         raise ModelError(
@@ -58,6 +56,18 @@ def new_folder(target: Path) -> Iterator[Path]:
     finally:
         if scratch != target:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    """Moves the target away and the new folder into its place, or leaves the target there."""
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
 
 
 def recover(target: Path) -> None:

@@ -346,6 +346,25 @@ def test_a_failed_save_leaves_the_old_adapter_and_nothing_else(copy, tiny_model_
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
+def test_a_save_that_is_interrupted_between_its_two_renames_leaves_the_old_adapter(
+    copy, monkeypatch
+):
+    from lwf_unsloth.replaced_folders import new_folder
+
+    before, rename = {path.name: path.read_bytes() for path in copy.iterdir()}, Path.rename
+
+    def interrupted(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(copy) as new:
+        (new / "lwf.json").write_text("{}")
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
 @pytest.mark.parametrize("half", [("old",), ("old", "new")])
 def test_a_save_that_was_killed_between_its_two_renames_is_put_in_place(copy, caplog, half):
     from lwf_unsloth.adapters import read_adapter
