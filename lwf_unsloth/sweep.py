@@ -92,7 +92,8 @@ def run_sweep(
     runs them again, and keeps what has ended.
 
     Raises:
-        ConfigError: Settings that cannot be run, or a study of this name with another plan.
+        ConfigError: Settings that cannot be run, a study of this name with another plan, or a
+            folder that holds the trials of another study.
         DiskError: The folder's disk is full, or it may not be written; what has ended is kept.
     """
     check_count("workers", workers)

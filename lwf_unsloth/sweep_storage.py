@@ -99,7 +99,8 @@ def claim(folder: Path, name: str, url: str) -> None:
 
 
 def _claim(name: str, url: str) -> dict[str, str]:
-    return {"study": name, "storage": "file" if url.startswith("sqlite") else "database"}
+    kind = f"the file {Path(url).name}" if url.startswith("sqlite") else "a database"
+    return {"study": name, "storage": kind}
 
 
 def _no_database(error: Exception) -> ConfigError:

@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-from test_sweep import GRID, plan_of, swept
-from test_sweep import place as place  # a fixture
+from test_sweep import GRID, plan_of, ran, start, swept
+from test_sweep import place as place  # fixtures
+from test_sweep import postgres as postgres
 from test_two_processes import at_once
 
 from lwf_unsloth import trial_process
@@ -62,7 +63,7 @@ def test_two_studies_in_one_folder_are_refused_before_one_writes_over_the_others
     other = ONE.replace("max_steps: 2", "max_steps: 3")
     with pytest.raises(ConfigError, match="trials of the sweep 'grid' .* this one is 'other'"):
         swept(place, f"name: other\n{other}")
-    with pytest.raises(ConfigError, match="storage: file.*storage: database"):
+    with pytest.raises(ConfigError, match="storage: the file study.db.*storage: a database"):
         swept(place, ONE, storage="postgresql+psycopg://user@127.0.0.1:1/none")
     assert (place / "out" / "trials" / "trial-0000" / "job.json").read_bytes() == job
     assert len(swept(place, ONE).of("complete")) == 1 == len(trials.ran)
@@ -137,6 +138,24 @@ def test_what_failed_is_not_run_again_because_two_sweeps_had_queued_it(place, tr
     for slot, params in slots.items():
         study.enqueue_trial(params, user_attrs={"slot": slot, "after": 0})
     assert len(swept(place, text).of("failed")) == 1 and len(trials.ran) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_sweep_goes_on_with_the_trials_of_one_that_is_killed_beside_it(place, request, shared):
+    storage = request.getfixturevalue("postgres") if shared else None
+    text = GRID.replace("{max_steps: 2}", "{max_steps: 2, seconds: 0.5}")
+    killed, other = (start(place, text, workers=2, storage=storage) for _ in range(2))
+    log, end = place / "out" / "ran.txt", time.monotonic() + 120
+    while time.monotonic() < end and not (log.exists() and len(ran(place, "begun")) >= 3):
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    assert other.wait(timeout=120) == 0
+    found = swept(place, text, storage=storage)
+    assert len(found.of("complete")) == 6 == len(set(ran(place))) and not found.of("failed")
+    assert len(ran(place)) <= 6 + 2, "none but what the killed one had not recorded"
+    assert len((place / "out" / "trials.jsonl").read_text().splitlines()) == 6
 
 
 # ------------------------------------------------------------------ whether a worker is still there
