@@ -7,7 +7,6 @@ again; so a sweep that was killed goes on with what is unfinished, and nothing i
 end. Optuna's GridSampler is not used: it may give one point to two workers (its documentation).
 """
 
-import contextlib
 import functools
 import logging
 import math
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,15 +28,22 @@ from lwf_unsloth.checks import check_count
 from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.sweep_file import SweepPlan
 from lwf_unsloth.sweep_result import COMPLETE, SKIPPED, SweepResult, write_lines
-from lwf_unsloth.sweep_storage import claim, open_storage, quiet, refuse_other, storage_url
-from lwf_unsloth.sweep_trials import (
+from lwf_unsloth.sweep_storage import (
     OBJECTIVES,
+    claim,
+    note,
+    open_storage,
+    quiet,
+    refuse_other,
+    storage_url,
+    told,
+)
+from lwf_unsloth.sweep_trials import (
     covers,
     failed_slots,
     is_second,
     last_ended,
     newest,
-    note,
     settings,
     states,
 )
@@ -49,14 +55,13 @@ from lwf_unsloth.trial_process import (
     run_process,
     this_worker,
 )
-from lwf_unsloth.whole_files import alone_in, unwritable, writing
+from lwf_unsloth.whole_files import alone_in
 
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "lwf_unsloth.trial")
 POLL = 1.0
 """Seconds between two looks at trials of other workers."""
-SQLITE = ("disk is full", "readonly database", "unable to open database", "disk I/O error")
 LINES = "trials.jsonl"
 
 
@@ -98,7 +103,7 @@ def run_sweep(
     """
     check_count("workers", workers)
     folder = Path(output).resolve()
-    with _told(folder):
+    with told(folder):
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         running = _Sweep(plan, folder, storage_url(storage, folder), tuple(command))
         running.begin(retry_failed)
@@ -119,21 +124,6 @@ def run_sweep(
         if running.errors:
             raise running.errors[0]
         return running.write()
-
-
-@contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """`writing`, which knows too what SQLite says of a disk."""
-    try:
-        with writing(folder):
-            yield
-    except LwfError:
-        raise
-    except Exception as error:
-        if not any(words in str(error) for words in SQLITE):
-            raise
-        said = OSError(str(error).split("\n")[0])
-        raise unwritable(folder, said) from error
 
 
 @checked()

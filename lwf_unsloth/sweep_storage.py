@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lwf_unsloth.errors import ConfigError
+from lwf_unsloth.errors import ConfigError, LwfError
 from lwf_unsloth.secret_texts import without_secrets
-from lwf_unsloth.whole_files import write_whole_text
+from lwf_unsloth.whole_files import unwritable, write_whole_text, writing
 
 HEARTBEAT, GRACE = 10, 60
 """Seconds between two signs of life of a trial, and without one until it counts as gone."""
+OBJECTIVES = ("gain", "forgetting")
+SQLITE = ("disk is full", "readonly database", "unable to open database", "disk I/O error")
+"""What SQLite says of a disk."""
 CLAIM = "study.json"
 """In the sweep's folder: whose trials it holds."""
 TRIES, PAUSE = 4, 1.0
@@ -74,6 +77,21 @@ def _one_at_a_time(engine: Any) -> None:
     engine.dispose()  # connections from before are Python's way
 
 
+@contextlib.contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """`writing`, which knows too what SQLite says of a disk."""
+    try:
+        with writing(folder):
+            yield
+    except LwfError:
+        raise
+    except Exception as error:
+        if not any(words in str(error) for words in SQLITE):
+            raise
+        said = OSError(str(error).split("\n")[0])
+        raise unwritable(folder, said) from error
+
+
 def refuse_other(folder: Path, name: str, url: str) -> None:
     """Refuses a folder that another study's trials are in: trials are numbered from 0 in each.
 
@@ -126,3 +144,13 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
+
+
+def note(trial: Any, result: dict[str, Any]) -> None:
+    """Keeps everything but the objectives with the trial."""
+    import optuna
+
+    versions = {**result.get("versions", {}), "optuna": optuna.__version__}
+    for name, value in {**result, "versions": versions}.items():
+        if name not in OBJECTIVES:
+            trial.set_user_attr(name, value)

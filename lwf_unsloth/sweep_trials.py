@@ -12,8 +12,6 @@ from lwf_unsloth.sweep_file import is_number_list
 from lwf_unsloth.sweep_result import COMPLETE, FAILED, SKIPPED, TrialRecord
 from lwf_unsloth.trial_process import is_gone
 
-OBJECTIVES = ("gain", "forgetting")
-
 
 def states(study: Any) -> set[str]:
     """The states that trials of the study are in."""
@@ -99,13 +97,3 @@ def record(trial: Any) -> TrialRecord | None:
     details = {key: value for key, value in trial.user_attrs.items() if key not in own}
     params = dict(trial.user_attrs.get("params", trial.params))
     return TrialRecord(trial.number, state, params, gain, forgetting, details)
-
-
-def note(trial: Any, result: dict[str, Any]) -> None:
-    """Keeps everything but the objectives with the trial."""
-    import optuna
-
-    versions = {**result.get("versions", {}), "optuna": optuna.__version__}
-    for name, value in {**result, "versions": versions}.items():
-        if name not in OBJECTIVES:
-            trial.set_user_attr(name, value)

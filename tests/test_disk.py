@@ -119,13 +119,16 @@ def test_a_run_whose_folder_may_not_be_written_is_refused_before_any_work(tmp_pa
 
 
 def test_a_sweep_whose_database_finds_no_room_names_the_folder(tmp_path):
-    from lwf_unsloth.sweep import _told
+    from lwf_unsloth import sweep_storage
 
     said = "(sqlite3.OperationalError) database or disk is full\n[SQL: CREATE TABLE studies"
-    with pytest.raises(DiskError, match="disk is full.. Whole files") as told, _told(tmp_path):
+    with (
+        pytest.raises(DiskError, match="disk is full.. Whole files") as told,
+        sweep_storage.told(tmp_path),
+    ):
         raise RuntimeError(said)
     assert str(tmp_path) in str(told.value) and "SQL:" not in str(told.value)
-    with pytest.raises(RuntimeError, match="something else"), _told(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), sweep_storage.told(tmp_path):
         raise RuntimeError("something else")
 
 

@@ -103,6 +103,7 @@ def test_a_result_that_an_older_study_left_in_the_folder_is_not_taken_for_the_tr
     assert [one.gain for one in swept(place, ONE).of("complete")] == [1.0]
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_closed_by_another_machine_meanwhile_runs_again(place, trials, caplog):
     """As where this machine slept: it had given no sign of life."""
     closed = []
