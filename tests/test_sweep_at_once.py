@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-from test_sweep import GRID, plan_of, ran, start, swept
+from test_sweep import GRID, LONGEST, plan_of, ran, running, start, swept, until
 from test_sweep import place as place  # fixtures
 from test_sweep import postgres as postgres
 from test_two_processes import at_once
@@ -20,7 +21,10 @@ from lwf_unsloth.trial_process import is_gone, this_worker
 
 optuna = pytest.importorskip("optuna")
 ONE = GRID.replace("[0.5, 1, 2]", "[1]").replace("[4, 8]", "[4]")
-pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage"),
+    pytest.mark.timeout(900),  # a busy machine takes long
+]
 
 
 @pytest.fixture()
@@ -145,17 +149,17 @@ def test_what_failed_is_not_run_again_because_two_sweeps_had_queued_it(place, tr
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_sweep_goes_on_with_the_trials_of_one_that_is_killed_beside_it(place, request, shared):
     storage = request.getfixturevalue("postgres") if shared else None
-    text = GRID.replace("{max_steps: 2}", "{max_steps: 2, seconds: 0.5}")
-    killed, other = (start(place, text, workers=2, storage=storage) for _ in range(2))
-    log, end = place / "out" / "ran.txt", time.monotonic() + 120
-    while time.monotonic() < end and not (log.exists() and len(ran(place, "begun")) >= 3):
-        time.sleep(0.02)
+    (place / "gate").mkdir()
+    killed, other = (start(place, GRID, workers=2, storage=storage) for _ in range(2))
+    until(lambda: len(ran(place, "begun")) == 4, other)  # all four workers wait for a trial
     killed.kill()
     killed.wait()
-    assert other.wait(timeout=120) == 0
-    found = swept(place, text, storage=storage)
+    until(lambda: len(running(place)) == 3, other)  # the other and its two trials
+    shutil.rmtree(place / "gate")
+    assert other.wait(timeout=LONGEST) == 0
+    found = swept(place, GRID, storage=storage)
     assert len(found.of("complete")) == 6 == len(set(ran(place))) and not found.of("failed")
-    assert len(ran(place)) <= 6 + 2, "none but what the killed one had not recorded"
+    assert len(ran(place)) == 6 == len(ran(place, "begun")) - 2, "and those of the killed one anew"
     assert len((place / "out" / "trials.jsonl").read_text().splitlines()) == 6
 
 
