@@ -16,8 +16,8 @@ PACKAGE = ROOT / "lwf_unsloth"
 
 # A file imports only files above it. A new file takes its place here.
 ORDER = """
-errors checks bars whole_files replaced_folders secret_texts unseen schedules rank_schedule kl_budget
-without_effect field_types arguments
+errors checks bars whole_files replaced_folders secret_texts unseen schedules rank_schedule
+kl_budget without_effect field_types arguments
 backend ranks config
 load_report formats rows selection sources templates codec records alpaca
 rank_shares rehearsal
