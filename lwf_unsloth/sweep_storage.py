@@ -95,12 +95,15 @@ def told(folder: Path) -> Iterator[None]:
 def refuse_other(folder: Path, name: str, url: str) -> None:
     """Refuses a folder that another study's trials are in: trials are numbered from 0 in each.
 
+    A claim that cannot be read says nothing.
+
     Raises:
         ConfigError: Names the other study.
     """
     own = there = _claim(name, url)
-    with contextlib.suppress(OSError, ValueError):
-        there = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+        there = {key: str(found[key]) for key in own}
     if there != own:
         raise ConfigError(
             f"{str(folder)!r} holds the trials of the sweep {there['study']!r} (storage: "

@@ -73,6 +73,19 @@ def test_two_studies_in_one_folder_are_refused_before_one_writes_over_the_others
     assert len(swept(place, ONE).of("complete")) == 1 == len(trials.ran)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", '"a"', '{"study": "grid"}', "\xff"])
+def test_a_damaged_claim_of_the_folder_is_in_no_ones_way(tmp_path, text):
+    from lwf_unsloth.sweep_storage import CLAIM, claim, refuse_other
+
+    (tmp_path / CLAIM).write_bytes(text.encode("latin-1"))
+    refuse_other(tmp_path, "grid", "sqlite:///study.db")
+    (tmp_path / CLAIM).unlink()
+    claim(tmp_path, "grid", "sqlite:///study.db")
+    refuse_other(tmp_path, "grid", "sqlite:///study.db")
+    with pytest.raises(ConfigError, match="another output folder"):
+        refuse_other(tmp_path, "other", "sqlite:///study.db")
+
+
 @pytest.mark.slow
 def test_two_sweeps_of_one_name_that_begin_at_the_same_moment_are_not_mixed(place, trials):
     from lwf_unsloth.sweep import run_sweep
