@@ -159,7 +159,8 @@ def held(folder: Path) -> Iterator[None]:
     try:
         if _holder(path) is not None:
             own = f"process {os.getpid()} on {socket.gethostname()}"
-            path.write_text(f"{own}\n", encoding="utf-8")
+            with contextlib.suppress(OSError):  # a full disk is told by what writes a run's files
+                path.write_text(f"{own}\n", encoding="utf-8")
         yield
     finally:
         lock.release()

@@ -198,6 +198,21 @@ def test_a_disk_without_locks_is_told_and_trained_on(tmp_path, monkeypatch, capl
         pass
 
 
+def test_a_disk_that_has_no_room_for_the_holders_name_ends_no_run(tmp_path, monkeypatch):
+    from lwf_unsloth.kept_folders import RUN_LOCK
+
+    write = Path.write_text
+
+    def full(path, *given, **more):
+        if path.name == RUN_LOCK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *given, **more)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with held(tmp_path / "run"):
+        assert (tmp_path / "run" / RUN_LOCK).read_text() == ""
+
+
 def test_rows_are_not_written_over_in_the_folder_of_a_run_that_trains(
     tiny_peft, settings, tmp_path, impatient
 ):
