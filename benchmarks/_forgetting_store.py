@@ -15,7 +15,7 @@ import psutil
 from filelock import FileLock
 
 from benchmarks._forgetting_arms import Job, Row, key_of
-from benchmarks._results import RESULTS, write_result
+from benchmarks._results import RESULTS, sourced, write_result
 from lwf_unsloth.whole_files import write_whole_text
 
 NAME, ITEMS = "forgetting", "forgetting_items"
@@ -116,7 +116,6 @@ class Store:
             known = read_items(
                 self.folder if (self.folder / f"{ITEMS}.json").is_file() else RESULTS
             )
-            of = {name: before["meta"].get(name) for name in ("commit", "date", "card")}
             new = [{"model": self.model, **row, **self.like} for row in rows]
             keys = {key_of(row) for row in new}
             kept = [
@@ -127,7 +126,7 @@ class Store:
             run = self.scratch / "since"
             if not run.exists():  # the first of this run: what is there is an earlier one's
                 run.touch()
-                kept = [{**of, **row} for row in kept]
+                kept = sourced({**before, "rows": kept})
             known |= {f"{self.model} {key}": one for key, one in items.items()}
             write_whole_text(self.folder / f"{ITEMS}.json", json.dumps(known, indent=0) + "\n")
             write_result(NAME, [*kept, *new], self.settings, self.settings["seeds"], self.folder)

@@ -83,6 +83,12 @@ def write_result(
     return path
 
 
+def sourced(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A result's rows, each with the commit, date and card that it was measured with."""
+    of = {key: result["meta"].get(key) for key in ("commit", "date", "card")}
+    return [{**of, **row} for row in result["rows"]]
+
+
 def earlier_rows(
     name: str, keys: tuple[str, ...], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -99,11 +105,6 @@ def earlier_rows(
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return []
-    before = json.loads(path.read_text(encoding="utf-8"))
-    of = {key: before["meta"].get(key) for key in ("commit", "date", "card")}
     now = {tuple(row.get(key) for key in keys) for row in rows}
-    return [
-        {**row, **{key: row.get(key, value) for key, value in of.items()}}
-        for row in before["rows"]
-        if tuple(row.get(key) for key in keys) not in now
-    ]
+    before = sourced(json.loads(path.read_text(encoding="utf-8")))
+    return [row for row in before if tuple(row.get(key) for key in keys) not in now]

@@ -14,14 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks._results import RESULTS, meta
-from lwf_unsloth.backend import prepare
+from benchmarks._results import RESULTS, sourced
+from lwf_unsloth.backend import device_name, prepare
 
 prepare()
 
-from benchmarks.second_task import Bench, Rows, reported  # noqa: E402
-from lwf_unsloth.config import ModelConfig  # noqa: E402
-from lwf_unsloth.model import load_model  # noqa: E402
+from benchmarks.second_task import Bench, Rows, loaded, reported  # noqa: E402
 
 NAME = "schedules"
 ARMS: dict[str, dict[str, Any]] = {
@@ -63,13 +61,9 @@ class Schedules(Bench):
 
 
 def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows that are there, each with the commit, date and card that it was measured with."""
+    """Rows that are there."""
     path = (options.out or RESULTS) / f"{NAME}.json"
-    if not path.is_file():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    of = {key: found["meta"].get(key) for key in ("commit", "date", "card")}
-    return [{**of, **row} for row in found["rows"]]
+    return sourced(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
 
 
 def main() -> None:
@@ -84,12 +78,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.seeds, options.steps = options.seeds[:1], 4
-    model, tokenizer = load_model(
-        ModelConfig(options.model, max_seq_length=512, use_gradient_checkpointing=False)
-    )
-    options.model = model.lwf_loaded.base
-    kept = earlier(options)
-    card = meta({}, 0)["card"]
+    model, tokenizer = loaded(options)
+    kept, card = earlier(options), device_name()
 
     def there(row: dict[str, Any], arm: str, seed: int) -> bool:
         key = (arm, seed, options.steps, card)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._adapters import fresh
-from benchmarks._results import RESULTS, write_result
+from benchmarks._results import RESULTS, sourced, write_result
 from lwf_unsloth.backend import device_name, on_cuda, prepare
 
 prepare()
@@ -280,7 +280,6 @@ def other_parts(options: argparse.Namespace) -> list[dict[str, Any]]:
     if path is None:
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    of = {key: found["meta"].get(key) for key in ("commit", "date", "card")}
     arm = evaluation_arm(4 if options.smoke else 200)
 
     def stays(row: dict[str, Any]) -> bool:
@@ -290,7 +289,7 @@ def other_parts(options: argparse.Namespace) -> list[dict[str, Any]]:
             return bool(row["arm"] != arm)
         return options.add and row["seed"] not in options.seeds and row["card"] == device_name()
 
-    return [row for row in ({**of, **row} for row in found["rows"]) if stays(row)]
+    return [row for row in sourced(found) if stays(row)]
 
 
 @contextmanager
@@ -302,6 +301,15 @@ def timed(part: str) -> Iterator[None]:
     except Exception:
         traceback.print_exc()
     print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def loaded(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer; `options.model` becomes the base's own name."""
+    model, tokenizer = load_model(
+        ModelConfig(options.model, max_seq_length=512, use_gradient_checkpointing=False)
+    )
+    options.model = model.lwf_loaded.base
+    return model, tokenizer
 
 
 def main() -> None:
@@ -322,10 +330,7 @@ def main() -> None:
     if options.smoke:
         options.seeds, options.second_seeds = options.seeds[:1], 1
         options.steps = options.second_steps = 2
-    model, tokenizer = load_model(
-        ModelConfig(options.model, max_seq_length=512, use_gradient_checkpointing=False)
-    )
-    options.model = model.lwf_loaded.base
+    model, tokenizer = loaded(options)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, model, tokenizer, Rows.of(options.smoke), Path(folder))
         bench.found += other_parts(options)
