@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -204,11 +203,10 @@ class _Sweep:
     def _check(self) -> None:
         """Looks at all settings in a process of its own: libraries and GPU stay out of this one.
 
-        Its folder is its own too, since two sweeps may begin a study at the same moment; that of
-        settings that cannot be run stays, with the log.
+        Its folder stays, with the log, where they cannot be run. The caller holds the sweep's.
         """
         job = {**self._job(), "corners": list(self.plan.corners())}
-        place = Path(tempfile.mkdtemp(prefix="check-", dir=self.folder / "trials"))
+        place = self.folder / "trials" / "check"
         result = run_process(self.command, place, job)
         if result["state"] == COMPLETE:
             shutil.rmtree(place, ignore_errors=True)

@@ -367,7 +367,7 @@ def test_a_waiting_trial_is_taken_once_when_two_workers_reach_for_it_at_the_same
 
 @pytest.mark.slow
 def test_two_sweeps_that_begin_at_the_same_moment_check_the_settings_apart(place):
-    """In one folder, one would take away the result of the other."""
+    """At once in one folder, one would take away the result of the other."""
     text = GRID.replace("[0.5, 1, 2]", "[1]").replace("[4, 8]", "[4]")
     stand_in = (place / "stand_in.py").read_text()
     wait = (  # each until the other checks too, or can be no more in time
